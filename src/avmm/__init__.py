@@ -1,0 +1,1 @@
+"""avmm: an asyncio microVM monitor on Linux KVM."""
