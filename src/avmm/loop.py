@@ -1,0 +1,125 @@
+"""How threads reach the asyncio loop, and how a program of ours starts one."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` on a new uvloop loop. For programs; a library's user brings their own loop.
+
+    uvloop.install() is never called: it would change the loops of other code in the process.
+    """
+    import uvloop  # costs a program that never runs a loop (`avmm --help`) nothing
+
+    return uvloop.run(main)
+
+
+class LoopClosed(Exception):
+    """The loop no longer takes calls of this VM: its thread should end."""
+
+
+class LoopBridge:
+    """One VM's way from its threads to its loop.
+
+    on_error: called on the loop with whatever an action raised; the caller is released all the
+    same, since a vCPU that waits for ever could not be stopped.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, on_error: Callable[[BaseException], None]
+    ) -> None:
+        self.loop = loop
+        self._on_error = on_error
+        self._lock = threading.Lock()
+        self._closed = False
+        self._waiting: set[concurrent.futures.Future[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Run `action` on the loop soon. Any thread; never waits. Raises LoopClosed."""
+        self._submit(self._perform, action)
+
+    def call_and_wait(self, action: Callable[[], Awaitable[None] | None]) -> None:
+        """Run `action` on the loop and wait until it is done, awaiting what it returns.
+
+        Any thread but the loop's. Raises LoopClosed, also when close() comes while it waits.
+        """
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        with self._lock:
+            if self._closed:
+                raise LoopClosed
+            self._waiting.add(done)
+        try:
+            self._submit(self._start, action, done)
+            done.result()
+        except concurrent.futures.CancelledError:
+            raise LoopClosed from None
+        finally:
+            with self._lock:
+                self._waiting.discard(done)
+
+    async def close(self) -> None:
+        """Refuse new calls, release every waiting thread, end the actions still running."""
+        with self._lock:
+            self._closed = True
+            for done in self._waiting:
+                done.cancel()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _submit(self, function: Callable[..., None], *args: object) -> None:
+        if self._closed:
+            raise LoopClosed
+        try:
+            self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop itself was closed under the VM
+            raise LoopClosed from None
+
+    def _perform(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as e:
+            self._on_error(e)
+
+    def _start(
+        self,
+        action: Callable[[], Awaitable[None] | None],
+        done: concurrent.futures.Future[None],
+    ) -> None:
+        try:
+            result = action()
+        except Exception as e:
+            self._on_error(e)
+            result = None
+        if not inspect.isawaitable(result):
+            _release(done)
+            return
+        task = self.loop.create_task(self._finish(result, done))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _finish(
+        self, awaitable: Awaitable[None], done: concurrent.futures.Future[None]
+    ) -> None:
+        try:
+            await awaitable
+        except Exception as e:
+            self._on_error(e)
+        finally:
+            _release(done)
+
+
+def _release(done: concurrent.futures.Future[None]) -> None:
+    # False when close() cancelled it first, and then its thread is already on its way.
+    if done.set_running_or_notify_cancel():
+        done.set_result(None)
