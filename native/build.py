@@ -13,6 +13,10 @@ HERE = Path(__file__).resolve().parent
 # In the order in which their declarations depend on one another.
 MODULES = (
     "gmem",
+    "interrupt",
+    "vring",
+    "uart",
+    "vcpu",
 )
 
 BEGIN, END = "/* cdef begin */", "/* cdef end */"

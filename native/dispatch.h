@@ -1,0 +1,39 @@
+/* Inside of struct av_dispatch, for vcpu.c. */
+#ifndef AV_DISPATCH_H
+#define AV_DISPATCH_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "vcpu.h"
+
+#define AV_DISPATCH_RANGES_MAX 64
+#define AV_DISPATCH_INTERRUPTS_MAX 32
+
+struct av_range {
+    uint64_t base;
+    uint64_t size;
+};
+
+struct av_range_table {
+    uint32_t count;
+    struct av_range range[AV_DISPATCH_RANGES_MAX];
+};
+
+struct av_interrupt_slot {
+    uint64_t mmio_base;
+    struct av_interrupt *interrupt;
+};
+
+struct av_dispatch {
+    struct av_range_table pio;
+    struct av_range_table mmio;
+    uint64_t uart_port;
+    struct av_uart *uart;
+    uint32_t interrupts;
+    struct av_interrupt_slot interrupt[AV_DISPATCH_INTERRUPTS_MAX];
+};
+
+bool av_range_table_has(const struct av_range_table *table, uint64_t at);
+
+#endif

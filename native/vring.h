@@ -1,0 +1,80 @@
+/* The split virtqueue, device side (virtio 1.3 section 2.7). */
+#ifndef AV_VRING_H
+#define AV_VRING_H
+
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "gmem.h"
+#include "interrupt.h"
+
+/* cdef begin */
+enum av_fault {
+    AV_FAULT_NONE,
+    AV_FAULT_BAD_GPA,
+    AV_FAULT_BAD_HEAD,
+    AV_FAULT_AVAIL_JUMP,
+    AV_FAULT_CHAIN_LOOP,
+    AV_FAULT_CHAIN_ORDER,
+    AV_FAULT_INDIRECT_NESTED,
+    AV_FAULT_INDIRECT_SIZE,
+    AV_FAULT_CHAIN_LONG,
+    AV_FAULT_CHAIN_BYTES,
+    AV_FAULT_ZERO_LENGTH,
+    AV_FAULT_REQUEST
+};
+const char *av_fault_name(int fault);
+
+struct av_vring_stats {
+    uint64_t kicks;
+    uint64_t chains;
+    uint64_t used;
+    uint64_t interrupts;
+    uint64_t suppressed;
+    int32_t fault;
+    uint32_t size;
+    uint16_t next_avail;
+    uint16_t next_used;
+    uint8_t running;
+    uint8_t event_idx;
+};
+
+struct av_vring;
+struct av_vring *av_vring_create(const struct av_gmem *mem, struct av_interrupt *interrupt);
+void av_vring_destroy(struct av_vring *ring);
+int av_vring_start(struct av_vring *ring, uint16_t size, uint64_t desc_gpa, uint64_t driver_gpa,
+                   uint64_t device_gpa, uint64_t features);
+void av_vring_stop(struct av_vring *ring);
+void av_vring_statistics(const struct av_vring *ring, struct av_vring_stats *out);
+int av_vring_fault(const struct av_vring *ring);
+/* cdef end */
+
+/* One descriptor chain: `readable` segments of the driver's data, then `writable` ones of room,
+ * all checked addresses in guest memory. */
+struct av_chain {
+    uint16_t head;
+    uint16_t readable;
+    uint16_t writable;
+    uint32_t readable_bytes;
+    uint32_t writable_bytes;
+    struct iovec *iov;
+};
+
+/* Take the next chain into iov[0..iov_max). 1 taken, 0 none, -EPROTO the guest broke the ring. */
+int av_vring_pop(struct av_vring *ring, struct av_chain *out, struct iovec *iov, uint32_t iov_max);
+/* Give back the chain popped last. */
+void av_vring_unpop(struct av_vring *ring);
+/* Fill the next used element; the driver does not see it before av_vring_flush(). */
+void av_vring_push(struct av_vring *ring, uint16_t head, uint32_t written_bytes);
+/* Show all pushed elements to the driver and interrupt it at most once, if it wants that. */
+void av_vring_flush(struct av_vring *ring);
+/* Ask the driver not to kick, for as long as the ring is being emptied anyway. */
+void av_vring_kicks_off(struct av_vring *ring);
+/* Ask for kicks again; 1 when chains came meanwhile, and then the caller has to look again. */
+int av_vring_kicks_on(struct av_vring *ring);
+/* A fault found by the device in a chain's contents: the ring is dead until it is restarted. */
+void av_vring_fail(struct av_vring *ring, int fault);
+/* Drain the kick eventfd (none when negative) and count the kick. */
+void av_vring_take_kick(struct av_vring *ring, int kick_fd);
+
+#endif
