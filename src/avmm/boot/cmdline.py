@@ -1,0 +1,36 @@
+"""The kernel command line."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from avmm.errors import ConfigError
+
+LINUX_MAX_BYTES = 2047
+"""COMMAND_LINE_SIZE of x86 Linux, less its terminator."""
+
+
+def encode(cmdline: str, max_bytes: int = LINUX_MAX_BYTES) -> bytes:
+    """The command line as the guest gets it, terminated.
+
+    Raises ConfigError("cmdline") for one that the kernel would cut or misread.
+    """
+    if any(c in cmdline for c in "\n\r\0"):
+        raise ConfigError("cmdline", f"Command line {cmdline!r}: it must be a single line")
+    data = cmdline.encode()
+    if len(data) > max_bytes:
+        raise ConfigError(
+            "cmdline",
+            f"Command line of {len(data)} bytes: this kernel takes {max_bytes}; shorten it, or "
+            "put what it carries into the initrd",
+        )
+    return data + b"\0"
+
+
+def guest_address(guest: str, host: str, device: str) -> str:
+    """The `ip=` parameter that gives `device` the address `guest` in the network of `host`.
+
+    guest: an address without a prefix; host: the host's end with its prefix, the gateway.
+    """
+    interface = ipaddress.IPv4Interface(host)
+    return f"ip={guest}::{interface.ip}:{interface.netmask}::{device}:off"

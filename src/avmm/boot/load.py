@@ -1,0 +1,209 @@
+"""Loads a kernel: the one entrance to boot/."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from avmm.boot import bzimage, cmdline, elf, entry, pvh, zeropage
+from avmm.boot.acpi.tables import AcpiMmioDevice, build_tables
+from avmm.boot.entry import EntryRegs
+from avmm.boot.zeropage import Placement
+from avmm.errors import ConfigError
+from avmm.mem import layout
+from avmm.mem.guest import GuestMemory
+from avmm.units import MIB, PAGE_BYTES, Gpa, align_up
+
+KernelFormat = Literal["auto", "bzimage", "pvh", "elf64"]
+
+_FOREIGN = (
+    (b"\x1f\x8b", "a gzip file; unpack it first"),
+    (b"\xfd7zXZ", "an xz file; unpack it first"),
+    (b"#!", "a script"),
+    (b"070701", "a cpio archive; is it the initrd?"),
+    (b"MZ", "an EFI program without a bzImage header"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BootSource:
+    """What to boot. kernel_format: "auto", or the one way to take; see load()."""
+
+    kernel: str
+    initrd: str | None
+    cmdline: str
+    cpus: int
+    devices: Sequence[AcpiMmioDevice] = ()
+    kernel_format: KernelFormat = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """A kernel ready to be placed. elf: the ELF in `data`; setup: the bzImage's header, if any."""
+
+    data: memoryview
+    elf: elf.ElfKernel | None
+    setup: bzimage.SetupHeader | None
+
+    @property
+    def end(self) -> int:
+        """First guest address behind what the kernel needs while it starts."""
+        if self.elf is not None:
+            return self.elf.end
+        assert self.setup is not None
+        return _bzimage_address(self.setup) + max(self.setup.init_size, len(self.data))
+
+
+def load(memory: GuestMemory, source: BootSource) -> EntryRegs:
+    """Put kernel, initrd, command line and ACPI tables in guest memory; how to enter.
+
+    An ELF kernel is entered by its PVH note, or in 64-bit mode when it has none. A bzImage is
+    unpacked here when its compression is known, which saves the guest the time; otherwise the
+    guest unpacks it itself. Blocks on file reads: call it off the loop.
+    Raises ConfigError("kernel" | "initrd" | "memory" | "cmdline").
+    """
+    with _mapped(source.kernel, "kernel") as file:
+        image = _open_image(file, source)
+        limit = image.setup.cmdline_max if image.setup else cmdline.LINUX_MAX_BYTES
+        line = cmdline.encode(source.cmdline, min(limit, layout.CMDLINE_MAX_BYTES - 1))
+        with _mapped(source.initrd, "initrd") as initrd:
+            _check_room(memory, source, image, len(initrd))
+            _place_kernel(memory, image)
+            initrd_at = _place_initrd(memory, source, image, initrd)
+            initrd_bytes = len(initrd)
+        memory.write(layout.CMDLINE, line)
+        tables, rsdp = build_tables(source.cpus, source.devices)
+        memory.write(layout.ACPI_TABLES, tables)
+        place = Placement(layout.CMDLINE, len(line), initrd_at, initrd_bytes, rsdp)
+        return _enter(memory, source, image, place)
+
+
+@contextmanager
+def _mapped(path: str | None, what: str) -> Iterator[memoryview]:
+    if path is None:
+        yield memoryview(b"")
+        return
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ConfigError(what, f"{what.capitalize()} {path} is empty")
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as e:
+        raise ConfigError(what, f"{what.capitalize()} {path}: {os.strerror(e.errno or 0)}") from e
+    # Views of it may live on in an unpacked image's traceback; the last one unmaps.
+    yield memoryview(mapping)
+
+
+def _open_image(file: memoryview, source: BootSource) -> _Image:
+    name, wanted = source.kernel, source.kernel_format
+    if bytes(file[:4]) == elf.MAGIC:
+        if wanted == "bzimage":
+            raise ConfigError("kernel", f"Kernel {name} is an ELF file, not a bzImage")
+        return _Image(file, _chosen(elf.parse(file, name), source), None)
+    if not bzimage.is_bzimage(file):
+        raise ConfigError("kernel", f"Kernel {name} is {_describe(file)}; give a bzImage or vmlinux")
+    setup = bzimage.parse(file, name)
+    payload = file[setup.payload_at : setup.payload_at + setup.payload_bytes]
+    unpacked = None if wanted == "bzimage" else bzimage.unpack(payload)
+    if unpacked is not None:
+        return _Image(
+            memoryview(unpacked), _chosen(elf.parse(memoryview(unpacked), name), source), setup
+        )
+    if wanted in ("pvh", "elf64"):
+        raise ConfigError("kernel", f"Kernel {name}: its payload cannot be unpacked on the host")
+    if not setup.entry_64bit:
+        raise ConfigError("kernel", f"Kernel {name} has no 64-bit entry point; is it 32-bit?")
+    return _Image(file[setup.kernel_at :], None, setup)
+
+
+def _chosen(kernel: elf.ElfKernel, source: BootSource) -> elf.ElfKernel:
+    if source.kernel_format == "pvh" and kernel.pvh_entry is None:
+        raise ConfigError("kernel", f"Kernel {source.kernel} has no PVH entry (CONFIG_PVH)")
+    return kernel
+
+
+def _describe(file: memoryview) -> str:
+    head = bytes(file[:6])
+    if bytes(file[56:60]) == b"ARM\x64":
+        return "a kernel for AArch64"
+    for magic, what in _FOREIGN:
+        if head.startswith(magic):
+            return what
+    return "not a kernel"
+
+
+def _bzimage_address(setup: bzimage.SetupHeader) -> Gpa:
+    return setup.pref_address if setup.relocatable else layout.HIGH_RAM
+
+
+def _initrd_top(memory: GuestMemory, image: _Image) -> int:
+    low_end = memory.ranges[0][1]
+    limit = image.setup.initrd_max + 1 if image.setup and image.setup.initrd_max else low_end
+    return min(low_end, limit)
+
+
+def _check_room(
+    memory: GuestMemory, source: BootSource, image: _Image, initrd_bytes: int
+) -> None:
+    # A kernel that takes all of it would only find out when it allocates its first page tables:
+    # a quarter more than what is loaded is the least that has been seen to reach user space.
+    loaded = align_up(image.end, PAGE_BYTES) + align_up(initrd_bytes, PAGE_BYTES)
+    top = _initrd_top(memory, image)
+    if loaded <= top:
+        return
+    if memory.size_bytes > top:
+        raise ConfigError(
+            "initrd",
+            f"Initrd {source.initrd}: {initrd_bytes} bytes do not fit below {top >> 20} MiB, "
+            "where this kernel wants it",
+        )
+    needed, has = -(-loaded // MIB), memory.size_bytes // MIB
+    raise ConfigError(
+        "memory",
+        f"Memory of {has} MiB is too small for this kernel and initrd: at least {needed} MiB are "
+        f"needed, {needed - has} MiB more",
+    )
+
+
+def _place_kernel(memory: GuestMemory, image: _Image) -> None:
+    if image.elf is not None:
+        if image.elf.start < layout.HIGH_RAM:
+            raise ConfigError(
+                "kernel", f"The kernel is linked at {image.elf.start:#x}, below 1 MiB"
+            )
+        elf.load(memory, image.data, image.elf)
+    else:
+        assert image.setup is not None
+        memory.write(_bzimage_address(image.setup), image.data)
+
+
+def _place_initrd(
+    memory: GuestMemory, source: BootSource, image: _Image, initrd: memoryview
+) -> Gpa:
+    """As high as may be, so that it never stands in the way of the kernel's own growth."""
+    if not initrd:
+        return Gpa(0)
+    top = _initrd_top(memory, image)
+    gpa = Gpa((top - len(initrd)) // PAGE_BYTES * PAGE_BYTES)
+    memory.write(gpa, initrd)
+    return gpa
+
+
+def _enter(
+    memory: GuestMemory, source: BootSource, image: _Image, place: Placement
+) -> EntryRegs:
+    kernel = image.elf
+    if kernel is not None and kernel.pvh_entry is not None and source.kernel_format != "elf64":
+        pvh.write(memory, place)
+        return entry.protected32(memory, kernel.pvh_entry, {"rbx": layout.PVH_START_INFO})
+    zeropage.write(memory, image.setup.raw if image.setup else None, place)
+    if kernel is not None:
+        rip = kernel.entry
+    else:
+        assert image.setup is not None
+        rip = Gpa(_bzimage_address(image.setup) + 0x200)
+    return entry.long64(memory, rip, {"rsi": layout.ZERO_PAGE})
