@@ -19,7 +19,6 @@ _FADT_BYTES = 276
 _FADT_MINOR = 4
 _FADT_RESET_REG_SUP = 1 << 10
 _FADT_HW_REDUCED_ACPI = 1 << 20
-_IAPC_BOOT_8042 = 1 << 1
 _IAPC_BOOT_VGA_NOT_PRESENT = 1 << 2
 _GAS_SYSTEM_IO = 1
 _GAS_BYTE_ACCESS = 1
@@ -96,7 +95,9 @@ def _fadt(dsdt: int) -> bytes:
     def put(at: int, data: bytes) -> None:
         body[at - 36 : at - 36 + len(data)] = data
 
-    put(109, struct.pack("<H", _IAPC_BOOT_8042 | _IAPC_BOOT_VGA_NOT_PRESENT))
+    # The keyboard controller is not announced, though its reset command works: Linux would spend
+    # more than a second on the search for a keyboard.
+    put(109, struct.pack("<H", _IAPC_BOOT_VGA_NOT_PRESENT))
     put(112, struct.pack("<I", _FADT_RESET_REG_SUP | _FADT_HW_REDUCED_ACPI))
     put(116, _io_register(layout.PORT_ACPI + 2))
     put(128, b"\x01")
