@@ -1,0 +1,62 @@
+"""What this process holds of its machine, to be compared before and after."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+SHARED_MAPPINGS = ("memfd:", "anon_inode:")  # guest memory; vCPU and io_uring rings
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Counted by name, so that a leak says what it is."""
+
+    counts: Counter[str]
+
+    @classmethod
+    def now(cls) -> Self:
+        """All that is held at this moment."""
+        return cls(_descriptors() + _mappings() + _threads() + _children() + _devices())
+
+    def beyond(self, before: Self) -> dict[str, int]:
+        """What is held now and was not before."""
+        return dict(self.counts - before.counts)
+
+
+def _descriptors() -> Counter[str]:
+    names: Counter[str] = Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            names["descriptor " + os.readlink(f"/proc/self/fd/{fd}")] += 1
+        except FileNotFoundError:
+            continue  # the one listdir() itself had open
+    return names
+
+
+def _mappings() -> Counter[str]:
+    names: Counter[str] = Counter()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        words = line.split(maxsplit=5)
+        if len(words) == 6 and any(part in words[5] for part in SHARED_MAPPINGS):
+            names[f"mapping {words[5]}"] += 1
+    return names
+
+
+def _threads() -> Counter[str]:
+    """By name; the event loop keeps its own pool of workers until it closes."""
+    names = (thread.name for thread in threading.enumerate())
+    return Counter(f"thread {name}" for name in names if not name.startswith("asyncio_"))
+
+
+def _children() -> Counter[str]:
+    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return Counter(f"child {pid}" for pid in pids)
+
+
+def _devices() -> Counter[str]:
+    return Counter(f"network device {name}" for name in os.listdir("/sys/class/net"))

@@ -1,0 +1,83 @@
+"""Disks: a root file system, data both ways, read-only, discard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from avmm import Disk, ExitKind
+from avmm.units import MIB
+from linux.guest import Guests
+from linux.host import assert_clean, random_file, read_from_ext4, sha256
+
+DATA_BYTES = 64 * MIB
+HOLE_START_BYTES, HOLE_BYTES = 4 * MIB, 8 * MIB
+
+DATA = f"""
+sum() {{ sha256sum | cut -d ' ' -f 1; }}
+cd /sys/block
+echo "FACT sizes $(cat vda/size vdb/size vdc/size | xargs)"
+echo "FACT serial $(cat vda/serial)"
+echo "FACT ro $(cat vda/ro vdb/ro | xargs)"
+echo "FACT in $(sum </dev/vdb)"
+dd if=/dev/vda of=/dev/vdb bs=4096 count=1 2>/dev/null && echo "FACT refused no"
+head -c {DATA_BYTES} /dev/urandom | tee /dev/vda | sum >/out
+echo "FACT out $(cat /out)"
+sync
+echo 3 >/proc/sys/vm/drop_caches
+echo "FACT again $(sum </dev/vda)"
+blkdiscard -o {HOLE_START_BYTES} -l {HOLE_BYTES} /dev/vdc && echo "FACT discarded yes"
+"""
+
+
+async def test_root_file_system_is_used_and_left_clean(guests: Guests, root_disk: Path) -> None:
+    script = """
+        echo "FACT root $(awk '$2 == "/" { print $1, $3 }' /proc/mounts)"
+        mkdir /made && cd /made
+        for i in $(seq 200); do echo "$i" >"file$i"; done
+        rm file1?? && mv file7 seven
+        head -c 8388608 /dev/urandom >data && sha256sum <data >sum"""
+    disks = [Disk(str(root_disk))]
+    guest = await guests.boot(script, disks=disks, append="root=/dev/vda")
+    assert guest.kind is ExitKind.POWEROFF
+    assert guest.fact("root").endswith("ext4")
+    assert_clean(root_disk)
+    assert read_from_ext4(root_disk, "/made/seven") == b"7\n"
+    data = root_disk.with_name("data")
+    data.write_bytes(read_from_ext4(root_disk, "/made/data"))
+    assert read_from_ext4(root_disk, "/made/sum").split()[0].decode() == sha256(data)
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "threads"])
+async def test_data_is_the_same_on_both_sides(guests: Guests, tmp_path: Path, engine: str) -> None:
+    written, given, holed = (tmp_path / name for name in ("written", "given", "holed"))
+    with written.open("wb") as file:
+        file.truncate(DATA_BYTES)
+    given_sum = random_file(given, DATA_BYTES)
+    random_file(holed, 16 * MIB)
+    before, blocks = holed.read_bytes(), holed.stat().st_blocks
+    disks = [
+        Disk(str(written), serial="written-by-guest", engine=engine),
+        Disk(str(given), read_only=True, engine=engine),
+        Disk(str(holed), engine=engine),
+    ]
+    guest = await guests.boot(DATA, disks=disks, cpus=2)
+
+    sectors = [size // 512 for size in (DATA_BYTES, DATA_BYTES, 16 * MIB)]
+    assert guest.fact("sizes") == " ".join(map(str, sectors))
+    assert guest.fact("serial") == "written-by-guest"
+    assert guest.fact("in") == given_sum
+    assert guest.fact("out") == guest.fact("again") == sha256(written)
+
+    assert guest.fact("ro") == "0 1"
+    assert guest.facts("refused") == []
+    assert sha256(given) == given_sum
+
+    assert guest.fact("discarded") == "yes"
+    end = HOLE_START_BYTES + HOLE_BYTES
+    after = holed.read_bytes()
+    assert after[:HOLE_START_BYTES] == before[:HOLE_START_BYTES]
+    assert not any(after[HOLE_START_BYTES:end])
+    assert after[end:] == before[end:]
+    assert (blocks - holed.stat().st_blocks) * 512 >= HOLE_BYTES
