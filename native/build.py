@@ -15,6 +15,9 @@ MODULES = (
     "gmem",
     "interrupt",
     "vring",
+    "rng",
+    "blk",
+    "net",
     "uart",
     "vcpu",
 )

@@ -42,7 +42,7 @@ def set_up(
         return
     _wire_local_interrupts(vcpu)
     vcpu.set_sregs(entry.sregs(vcpu.sregs()))
-    vcpu.set_regs(entry.regs())
+    vcpu.set_regs(entry.general)
 
 
 def _wire_local_interrupts(vcpu: Vcpu) -> None:

@@ -1,0 +1,48 @@
+/* How a block request's I/O is done. An engine takes operations, starts them in batches, and
+ * gives back their results; it knows neither guests nor rings. One thread uses it. */
+#ifndef AV_BLK_ENGINE_H
+#define AV_BLK_ENGINE_H
+
+#include <stdint.h>
+#include <sys/uio.h>
+
+enum av_blk_op_kind {
+    AV_BLK_OP_READ,
+    AV_BLK_OP_WRITE,
+    AV_BLK_OP_SYNC,    /* fdatasync */
+    AV_BLK_OP_PUNCH,   /* deallocate; reads as zeroes */
+    AV_BLK_OP_ZERO     /* zero without deallocating */
+};
+
+/* Valid until its result is given back. length: bytes, of PUNCH and ZERO. */
+struct av_blk_op {
+    enum av_blk_op_kind kind;
+    uint64_t offset;
+    uint64_t length;
+    const struct iovec *iov;
+    uint32_t iov_count;
+    struct av_blk_op *next; /* the engine's */
+    int64_t result;         /* bytes or -errno */
+};
+
+struct av_blk_engine;
+typedef void av_blk_done(void *context, struct av_blk_op *op);
+
+struct av_blk_engine_ops {
+    void (*queue)(struct av_blk_engine *engine, struct av_blk_op *op);
+    int (*submit)(struct av_blk_engine *engine); /* start what is queued; 0 or -errno */
+    /* Give finished operations to `done`; until there is none, wakes event_fd no more. */
+    void (*reap)(struct av_blk_engine *engine, av_blk_done *done, void *context);
+    void (*destroy)(struct av_blk_engine *engine); /* nothing may be in flight */
+};
+
+struct av_blk_engine {
+    const struct av_blk_engine_ops *ops;
+    int event_fd; /* readable when reap() has something to do */
+};
+
+/* depth: operations in flight at most. NULL: *error is the errno. */
+struct av_blk_engine *av_blk_uring_create(int fd, uint32_t depth, int *error);
+struct av_blk_engine *av_blk_threads_create(int fd, uint32_t depth, int *error);
+
+#endif

@@ -1,0 +1,119 @@
+"""Raw disks: a regular file or a block device, opened, checked and locked."""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import os
+import stat
+import struct
+from typing import Self
+
+from avmm.errors import ConfigError, HostError
+from avmm.units import SECTOR_BYTES
+
+_BLKGETSIZE64 = 0x80081272
+_BLKSSZGET = 0x1268
+_FILE_DIRECT_ALIGNMENT_BYTES = 4096
+"""What every file system that has direct I/O is content with."""
+
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+class RawDisk:
+    """An open disk image. Owns its descriptor; the lock goes with it.
+
+    size_bytes: a multiple of 512. alignment_bytes: what direct I/O needs, 1 without it.
+    """
+
+    def __init__(self, fd: int, path: str, *, read_only: bool, direct: bool) -> None:
+        self.fd = fd
+        self.path = path
+        self.read_only = read_only
+        self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self.alignment_bytes = self._alignment() if direct else 1
+        self.size_bytes = self.measure()
+
+    @classmethod
+    def open(cls, path: str, *, read_only: bool, direct: bool) -> Self:
+        """Open `path`; one writer or many readers, by an advisory lock on the open file.
+
+        Raises ConfigError("disk") for a path, size or use that cannot be, naming it; HostError
+        when the host refuses for another reason.
+        """
+        flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+        if direct:
+            flags |= os.O_DIRECT
+        try:
+            fd = os.open(path, flags)
+        except OSError as e:
+            raise _open_error(path, e, read_only=read_only, direct=direct) from e
+        try:
+            mode = os.fstat(fd).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise ConfigError("disk", f"Disk {path} is neither a file nor a block device")
+            _lock(fd, path, read_only)
+            return cls(fd, path, read_only=read_only, direct=direct)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def measure(self) -> int:
+        """The size in bytes as it is now. Raises ConfigError("disk") for one no disk can have."""
+        if self.is_device:
+            size = array.array("Q", [0])
+            fcntl.ioctl(self.fd, _BLKGETSIZE64, size, True)
+            size_bytes = size[0]
+        else:
+            size_bytes = os.fstat(self.fd).st_size
+        if size_bytes == 0 or size_bytes % SECTOR_BYTES:
+            raise ConfigError(
+                "disk",
+                f"Disk {self.path}: {size_bytes} bytes is not a multiple of {SECTOR_BYTES}"
+                if size_bytes
+                else f"Disk {self.path} is empty; give it a size, for example with truncate",
+            )
+        return size_bytes
+
+    def close(self) -> None:
+        """Close and unlock; no I/O may be in flight. Idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _alignment(self) -> int:
+        if not self.is_device:
+            return _FILE_DIRECT_ALIGNMENT_BYTES
+        size = array.array("i", [0])
+        fcntl.ioctl(self.fd, _BLKSSZGET, size, True)
+        return size[0]
+
+
+def _lock(fd: int, path: str, read_only: bool) -> None:
+    """An open-file-description lock on the whole file: it belongs to this descriptor, so two
+    microVMs of one process exclude each other as well, and a killed process leaves none."""
+    kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
+    try:
+        fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except OSError as e:
+        if e.errno not in (errno.EAGAIN, errno.EACCES):
+            raise HostError("disk-lock", op="lock", path=path, errno=e.errno) from e
+        raise ConfigError(
+            "disk-in-use",
+            f"Disk {path} is in use by another microVM; several may share it only read-only",
+        ) from e
+
+
+_F_OFD_SETLK = 37
+
+
+def _open_error(path: str, e: OSError, *, read_only: bool, direct: bool) -> Exception:
+    reason = os.strerror(e.errno or 0)
+    if e.errno == errno.EINVAL and direct:
+        return ConfigError("disk", f"Disk {path}: its file system has no direct I/O; drop direct")
+    if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not read_only:
+        return ConfigError("disk", f"Disk {path}: {reason}; add ro to use it read-only")
+    if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP):
+        return ConfigError("disk", f"Disk {path}: {reason}")
+    return HostError("disk-open", op="open", path=path, errno=e.errno)

@@ -1,0 +1,148 @@
+"""Network configuration of the host by netlink: the sole user of pyroute2.
+
+pyroute2 (0.9) runs an asyncio loop of its own below its synchronous calls and takes it from the
+current policy, which fails where that gives uvloop loops. So it gets a plain thread and a stock
+loop, whatever the program around us uses. It is imported on that thread, on first use: it costs
+13 MiB and most of a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from avmm.errors import HostError
+
+T = TypeVar("T")
+
+
+class Netlink:
+    """The calls avmm needs, on the netlink thread. Each raises HostError("netlink")."""
+
+    def __init__(self, ipr: Any) -> None:
+        self._ipr = ipr
+
+    def index(self, name: str) -> int | None:
+        """The interface's number; None when there is none of that name."""
+        found = self._ipr.link_lookup(ifname=name)
+        return int(found[0]) if found else None
+
+    def add_tap(self, name: str) -> None:
+        """Make a TAP that takes a virtio-net header before each packet."""
+        with _explained(f"Creating TAP {name}"):
+            self._ipr.link("add", ifname=name, kind="tuntap", mode="tap", vnet_hdr=True)
+
+    def set_up(self, index: int, name: str, mtu: int | None) -> None:
+        """Set the MTU, if given, and bring the interface up."""
+        settings = {"mtu": mtu} if mtu is not None else {}
+        with _explained(f"Bringing up {name}"):
+            self._ipr.link("set", index=index, state="up", **settings)
+
+    def delete(self, index: int, name: str) -> None:
+        """Remove an interface."""
+        with _explained(f"Removing {name}"):
+            self._ipr.link("del", index=index)
+
+    def add_address(self, index: int, name: str, address: str, prefix: int) -> bool:
+        """Add an address; False when the interface had it before."""
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        with _explained(f"Adding address {address}/{prefix} to {name}"):
+            try:
+                self._ipr.addr("add", index=index, address=address, prefixlen=prefix)
+            except NetlinkError as e:
+                if e.code != errno.EEXIST:
+                    raise
+                return False
+        return True
+
+    def remove_address(self, index: int, name: str, address: str, prefix: int) -> None:
+        """Remove an address."""
+        with _explained(f"Removing address {address}/{prefix} from {name}"):
+            self._ipr.addr("del", index=index, address=address, prefixlen=prefix)
+
+
+async def with_netlink(
+    work: Callable[[Netlink], T], undo: Callable[[Netlink, T], None] | None = None
+) -> T:
+    """Run `work` on a netlink thread of its own and wait for it, also when cancelled: half a
+    configuration could not be undone. undo: does that with the result nobody waits for then.
+    """
+    try:
+        return await _in_thread(lambda: _perform(work))
+    except _Cancelled as e:
+        result = e.args[0]
+        if undo is not None and result is not None:
+            take_back = undo
+            with contextlib.suppress(_Cancelled):
+                await _in_thread(lambda: _perform(lambda netlink: take_back(netlink, result)))
+        raise asyncio.CancelledError from None
+
+
+class _Cancelled(Exception):
+    """Cancelled while the thread worked; its argument is the result, None for a failure."""
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def main() -> None:
+        try:
+            result = work()
+        except BaseException as e:
+            loop.call_soon_threadsafe(done.set_exception, e)
+        else:
+            loop.call_soon_threadsafe(done.set_result, result)
+
+    thread = threading.Thread(target=main, name="avmm-netlink")
+    thread.start()
+    cancelled = False
+    while not done.done():
+        try:
+            await asyncio.shield(done)
+        except asyncio.CancelledError:
+            cancelled = True
+        except BaseException:
+            break
+    thread.join()
+    if cancelled:
+        raise _Cancelled(None if done.exception() else done.result())
+    return done.result()
+
+
+def _perform(work: Callable[[Netlink], T]) -> T:
+    from pyroute2.iproute.linux import IPRoute
+
+    loop = asyncio.SelectorEventLoop()
+    try:
+        ipr = IPRoute(use_event_loop=loop)
+        try:
+            return work(Netlink(ipr))
+        finally:
+            ipr.close()
+    finally:
+        if not loop.is_closed():
+            loop.run_until_complete(asyncio.sleep(0))  # its transports close on the next turn
+            loop.close()
+
+
+@contextlib.contextmanager
+def _explained(op: str) -> Iterator[None]:
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        yield
+    except NetlinkError as e:
+        remedy = None
+        if e.code == errno.EPERM:
+            remedy = "run as root or with CAP_NET_ADMIN, or name a TAP made for your user"
+        raise HostError("netlink", op=op, errno=e.code, remedy=remedy) from e
+    except OSError as e:
+        raise HostError("netlink", op=op, errno=e.errno or 0) from e
+
+

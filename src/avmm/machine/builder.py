@@ -1,0 +1,188 @@
+"""Builds a machine from its configuration, one short step after another.
+
+Every step hands what it made to the exit stack, so a failure anywhere gives everything back in
+reverse order; the same stack takes a running machine down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from avmm.boot.acpi.tables import AcpiMmioDevice
+from avmm.boot.entry import EntryRegs
+from avmm.boot.load import BootSource, load
+from avmm.errors import HostError
+from avmm.kvm.system import Kvm
+from avmm.kvm.vcpu import Vcpu
+from avmm.kvm.vm import Vm
+from avmm.legacy.acpi_pm import AcpiPm
+from avmm.legacy.serial16550 import Serial16550
+from avmm.loop import LoopBridge
+from avmm.machine.config import Config
+from avmm.machine.console import Console
+from avmm.machine.lifecycle import uninterrupted
+from avmm.machine.platform import Platform, add_platform
+from avmm.machine.reason import ExitKind, ExitReason
+from avmm.machine.slots import Slot, assign_slots, plug
+from avmm.machine.vcpu.exits import Exits
+from avmm.machine.vcpu.setup import set_up
+from avmm.machine.vcpu.thread import VcpuThread
+from avmm.machine.vcpu.wake import Gate
+from avmm.mem import layout
+from avmm.mem.guest import GuestMemory
+from avmm.native import CData, ffi, lib
+from avmm.virtio.device import VirtioDevice
+
+End = Callable[[ExitReason], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a built machine is made of; owned by the exit stack, used by MicroVM."""
+
+    gate: Gate
+    console: Console
+    serial: Serial16550
+    power: AcpiPm
+    threads: tuple[VcpuThread, ...]
+    devices: dict[str, VirtioDevice]
+
+
+async def build(config: Config, stack: AsyncExitStack, end: End) -> Parts:
+    """The machine, ready to run: its vCPU threads wait at the gate.
+
+    end: called on the loop whenever the machine has to end; it may be called many times.
+    """
+
+    def on_error(error: BaseException) -> None:
+        end(ExitReason(ExitKind.ERROR, f"{type(error).__name__}: {error}"))
+
+    kvm = Kvm.open()
+    stack.callback(kvm.close)
+    kvm.require_capabilities()
+    config.check_host()
+    slots = assign_slots(config)
+    memory = GuestMemory.create(config.memory_bytes, hugepages=config.hugepages)
+    stack.callback(memory.close)
+    async with _loading(memory, config, slots) as loading:
+        vm = _create_vm(kvm, memory, stack)
+        platform = add_platform(vm, stack, end)
+        devices = await plug(slots, vm, platform.mmio, memory, stack, on_error)
+        registers = await loading
+    console = Console(platform.serial)
+    stack.callback(console.close)
+    console.start()
+    gate = Gate(asyncio.get_running_loop(), config.cpus)
+    bridge = LoopBridge(asyncio.get_running_loop(), on_error)
+    exits = Exits(
+        pio=platform.pio, mmio=platform.mmio, bridge=bridge, gate=gate, drain_uart=console.drain
+    )
+    dispatch = _dispatch(platform, slots, devices, stack)
+    vcpus = _create_vcpus(kvm, vm, config.cpus, registers, stack)
+    run_bytes = kvm.run_bytes()
+    threads: list[VcpuThread] = []
+    stack.push_async_callback(_end_threads, threads, gate, bridge)
+    for vcpu in vcpus:
+        thread = VcpuThread(
+            vcpu,
+            run_bytes=run_bytes,
+            dispatch=dispatch,
+            exits=exits,
+            gate=gate,
+            bridge=bridge,
+            on_end=end,
+        )
+        threads.append(thread)
+    gate.kicks = [thread.kick for thread in threads]
+    for thread in threads:
+        thread.start()
+    by_id = {slot.id: device for slot, device in zip(slots, devices, strict=True)}
+    return Parts(gate, console, platform.serial, platform.power, tuple(threads), by_id)
+
+
+@asynccontextmanager
+async def _loading(
+    memory: GuestMemory, config: Config, slots: Sequence[Slot]
+) -> AsyncIterator[asyncio.Future[EntryRegs]]:
+    """Load the kernel on a thread while the body runs: unpacking one takes a while, and the
+    user's loop has other work. The memory is not given back before the thread is done with it."""
+    source = BootSource(
+        kernel=config.kernel,
+        initrd=config.initrd,
+        cmdline=config.full_cmdline(),
+        cpus=config.cpus,
+        devices=[AcpiMmioDevice(s.index, s.gpa, layout.VIRTIO_MMIO_SLOT_BYTES, s.gsi) for s in slots],
+        kernel_format=config.kernel_format,
+    )
+    loading = asyncio.ensure_future(asyncio.to_thread(load, memory, source))
+
+    async def settled() -> None:
+        await asyncio.wait([loading])
+
+    try:
+        yield loading
+    finally:
+        await uninterrupted(settled())
+        if not loading.cancelled():
+            loading.exception()  # seen: when the body failed first, that error is raised
+
+
+def _create_vm(kvm: Kvm, memory: GuestMemory, stack: AsyncExitStack) -> Vm:
+    vm = kvm.create_vm()
+    stack.callback(vm.close)
+    vm.set_identity_map(layout.KVM_IDENTITY_MAP)
+    vm.set_tss(layout.KVM_TSS)
+    vm.create_irqchip()
+    vm.create_pit()
+    for slot, region in enumerate(memory.regions):
+        vm.set_memory(slot, region.gpa, region.size_bytes, region.hva)
+    return vm
+
+
+def _dispatch(
+    platform: Platform,
+    slots: Sequence[Slot],
+    devices: Sequence[VirtioDevice],
+    stack: AsyncExitStack,
+) -> CData:
+    """What the C loop answers by itself, and what it hands to Python."""
+    dispatch = lib.av_dispatch_create()
+    if not dispatch:
+        raise HostError("memory", op="Exit dispatch", errno=ffi.errno)
+    stack.callback(lib.av_dispatch_destroy, dispatch)
+    results = [lib.av_dispatch_add_uart(dispatch, layout.PORT_COM1, platform.serial.native)]
+    results += [lib.av_dispatch_add_pio(dispatch, r.base, r.size) for r in platform.pio.ranges()]
+    results += [lib.av_dispatch_add_mmio(dispatch, r.base, r.size) for r in platform.mmio.ranges()]
+    results += [
+        lib.av_dispatch_add_interrupt(dispatch, slot.gpa, device.interrupt.native)
+        for slot, device in zip(slots, devices, strict=True)
+    ]
+    if min(results) < 0:
+        raise HostError("devices", op="Exit dispatch", errno=-min(results))
+    return dispatch
+
+
+def _create_vcpus(
+    kvm: Kvm, vm: Vm, cpus: int, registers: EntryRegs, stack: AsyncExitStack
+) -> list[Vcpu]:
+    supported = kvm.supported_cpuid()
+    tsc_deadline = bool(kvm.extension("tsc_deadline_timer"))
+    vcpus: list[Vcpu] = []
+    for index in range(cpus):
+        vcpu = vm.create_vcpu(index)
+        stack.callback(vcpu.close)
+        entry = registers if index == 0 else None
+        set_up(vcpu, cpus, supported, entry, tsc_deadline=tsc_deadline)
+        vcpus.append(vcpu)
+    return vcpus
+
+
+async def _end_threads(threads: list[VcpuThread], gate: Gate, bridge: LoopBridge) -> None:
+    """The first step down: no guest instruction after this."""
+    gate.stop()
+    await bridge.close()
+    for thread in threads:
+        thread.close()

@@ -1,0 +1,154 @@
+"""The configuration of a microVM: one schema for Python, option strings, TOML and JSON."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+
+from avmm.boot.cmdline import guest_address
+from avmm.config import convert, parse_option, read_file
+from avmm.errors import ConfigError
+from avmm.mem.layout import CPUS_MAX
+from avmm.mem.region import HUGE_PAGE_BYTES
+from avmm.units import MIB, PAGE_BYTES, format_size, parse_size
+from avmm.virtio.devices.blk import Disk
+from avmm.virtio.devices.net import Tap
+from avmm.virtio.devices.rng import Rng
+
+_MEMORY_MIN_BYTES = 2 * MIB
+
+DEVICE_STRUCTS = {"disks": Disk, "nets": Tap, "rng": Rng}
+"""The fields of Config that hold devices. A new kind of device is one more field and entry."""
+
+
+def _meta(description: str) -> msgspec.Meta:
+    return msgspec.Meta(description=description)
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All that a microVM is made of. Checked when it is made: raises ConfigError."""
+
+    kernel: Annotated[str, _meta("bzImage or ELF vmlinux")]
+    initrd: Annotated[str | None, _meta("initial RAM disk")] = None
+    cmdline: Annotated[str, _meta("kernel command line")] = "console=ttyS0"
+    kernel_format: Annotated[
+        Literal["auto", "bzimage", "pvh", "elf64"],
+        _meta("how the kernel is entered: auto, bzimage (it unpacks itself), pvh or elf64"),
+    ] = "auto"
+    cpus: Annotated[int, _meta("number of vCPUs")] = 1
+    memory: Annotated[str | int, _meta("RAM, in bytes or like 512M or 2G")] = "256M"
+    hugepages: Annotated[bool, _meta("back the RAM with huge pages of 2M")] = False
+    disks: Annotated[list[Disk], _meta("disks, in the order of /dev/vda, vdb, ...")] = []
+    nets: Annotated[list[Tap], _meta("network interfaces, each on a TAP of the host")] = []
+    rng: Annotated[bool | Rng, _meta("give the guest a source of random bytes")] = False
+    on_reboot: Annotated[
+        Literal["stop", "restart"], _meta("what a reboot of the guest does: stop or restart")
+    ] = "stop"
+    stop_grace_s: Annotated[
+        float, _meta("seconds between the power button and the end of a guest that ignores it")
+    ] = 10.0
+
+    def __post_init__(self) -> None:
+        self._check_cpus()
+        self._check_memory()
+        if self.stop_grace_s < 0:
+            raise ConfigError("grace", f"stop_grace_s: {self.stop_grace_s} is negative")
+        self._check_devices()
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], what: str) -> Self:
+        """From plain values, as a config file holds them; `what` begins an error's message."""
+        return convert(_with_structs(values, what), cls, what)
+
+    @classmethod
+    def from_file(cls, path: str) -> Self:
+        """From a .toml or .json file with this class's field names."""
+        return cls.from_values(read_file(path), f"Config file {path}")
+
+    @property
+    def memory_bytes(self) -> int:
+        """RAM in bytes."""
+        return parse_size(self.memory, "memory")
+
+    def devices(self) -> list[tuple[str, Any]]:
+        """(id, config struct) of each device, in the order of their slots."""
+        found: list[tuple[str, Any]] = []
+        rng = [Rng() if self.rng is True else self.rng] if self.rng else []
+        for group in (self.disks, self.nets, rng):
+            for index, device in enumerate(group):
+                found.append((device.id or f"{device.device_type.name}{index}", device))
+        return found
+
+    def full_cmdline(self) -> str:
+        """The command line with an ip= parameter for each NIC that asks for an address."""
+        words = [self.cmdline]
+        for index, net in enumerate(self.nets):
+            if net.guest is not None and net.host is not None:
+                words.append(guest_address(net.guest, net.host, f"eth{index}"))
+        return " ".join(word for word in words if word)
+
+    def check_host(self, total_bytes: int | None = None) -> None:
+        """Raises ConfigError("memory") when this host has less RAM than the guest wants.
+
+        total_bytes: the host's RAM; asked of the host by default.
+        """
+        if total_bytes is None:
+            total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if self.memory_bytes > total_bytes:
+            raise ConfigError(
+                "memory",
+                f"memory: {format_size(self.memory_bytes)} is more than the "
+                f"{total_bytes // MIB}M of this host",
+            )
+
+    def _check_cpus(self) -> None:
+        if not 1 <= self.cpus <= CPUS_MAX:
+            raise ConfigError("cpus", f"cpus: {self.cpus} is not in 1 to {CPUS_MAX}")
+
+    def _check_memory(self) -> None:
+        size_bytes, page = self.memory_bytes, HUGE_PAGE_BYTES if self.hugepages else PAGE_BYTES
+        if size_bytes < _MEMORY_MIN_BYTES:
+            raise ConfigError(
+                "memory",
+                f"memory: {self.memory} is too small; no guest runs in less than "
+                f"{format_size(_MEMORY_MIN_BYTES)} (a bare number means bytes)",
+            )
+        if size_bytes % page:
+            raise ConfigError(
+                "memory", f"memory: {self.memory} is not a multiple of {format_size(page)}"
+            )
+
+    def _check_devices(self) -> None:
+        _refuse_twice("id", [id for id, _ in self.devices()], "device id")
+        _refuse_twice("tap", [net.name for net in self.nets], "TAP")
+        writers = {os.path.realpath(d.path) for d in self.disks if not d.read_only}
+        paths = [os.path.realpath(d.path) for d in self.disks]
+        _refuse_twice("disk", [p for p in paths if p in writers], "disk")
+
+
+def _refuse_twice(kind: str, names: list[str], what: str) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ConfigError(kind, f"{what} {name!r} is given {count} times; each may come once")
+
+
+def _with_structs(values: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Device entries as structs: tables are checked by their own schema, strings are options."""
+    result = dict(values)
+    for name, struct in DEVICE_STRUCTS.items():
+        entry = result.get(name)
+        if isinstance(entry, list):
+            result[name] = [_device(e, struct, f"{what}: {name}") for e in entry]
+        elif isinstance(entry, dict | str):
+            result[name] = _device(entry, struct, f"{what}: {name}")
+    return result
+
+
+def _device(entry: Any, struct: type[msgspec.Struct], what: str) -> Any:
+    if isinstance(entry, str):
+        return parse_option(entry, struct, what)
+    return convert(entry, struct, what) if isinstance(entry, dict) else entry

@@ -1,0 +1,43 @@
+"""The record that announces a kind of device; everything said about it elsewhere comes from it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from avmm.mem.guest import GuestMemory
+from avmm.virtio.interrupt import Interrupt
+
+if TYPE_CHECKING:
+    from avmm.virtio.device import VirtioDevice
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceContext:
+    """What a device is built in.
+
+    stack: closes, in reverse order, what the device opened on the host.
+    on_error: called on the loop with an error that is avmm's own or the host's; it ends the VM.
+    """
+
+    id: str
+    memory: GuestMemory
+    interrupt: Interrupt
+    loop: asyncio.AbstractEventLoop
+    stack: AsyncExitStack
+    on_error: Callable[[BaseException], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceType:
+    """name: file, metric prefix and id prefix. virtio_id: virtio 1.3 chapter 5. flag: of the
+    command line. summary: one line of the device table. build: makes the device on the loop."""
+
+    name: str
+    virtio_id: int
+    flag: str
+    summary: str
+    build: Callable[[Any, DeviceContext], Awaitable[VirtioDevice]]

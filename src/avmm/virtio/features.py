@@ -1,0 +1,37 @@
+"""Feature bits (virtio 1.3 chapter 6 and the devices' own sections), as masks."""
+
+from __future__ import annotations
+
+from typing import Final
+
+RING_INDIRECT_DESC: Final = 1 << 28
+RING_EVENT_IDX: Final = 1 << 29
+VERSION_1: Final = 1 << 32
+
+TRANSPORT: Final = RING_INDIRECT_DESC | RING_EVENT_IDX | VERSION_1
+"""What every device of avmm offers."""
+
+# Block device, 5.2.3.
+BLK_SIZE_MAX: Final = 1 << 1
+BLK_SEG_MAX: Final = 1 << 2
+BLK_RO: Final = 1 << 5
+BLK_BLK_SIZE: Final = 1 << 6
+BLK_FLUSH: Final = 1 << 9
+BLK_TOPOLOGY: Final = 1 << 10
+BLK_CONFIG_WCE: Final = 1 << 11
+BLK_DISCARD: Final = 1 << 13
+BLK_WRITE_ZEROES: Final = 1 << 14
+
+# Network device, 5.1.3.
+NET_CSUM: Final = 1 << 0
+NET_GUEST_CSUM: Final = 1 << 1
+NET_MTU: Final = 1 << 3
+NET_MAC: Final = 1 << 5
+NET_GUEST_TSO4: Final = 1 << 7
+NET_GUEST_TSO6: Final = 1 << 8
+NET_GUEST_ECN: Final = 1 << 9
+NET_HOST_TSO4: Final = 1 << 11
+NET_HOST_TSO6: Final = 1 << 12
+NET_HOST_ECN: Final = 1 << 13
+NET_MRG_RXBUF: Final = 1 << 15
+NET_STATUS: Final = 1 << 16

@@ -1,0 +1,59 @@
+"""Binds descriptors to the work they announce, on a home: here the asyncio loop.
+
+Work is bounded a turn: a callback that returns True has more to do and is called again after
+everything else that is ready had its turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+Work = Callable[[], bool]
+
+
+class Pump:
+    """One device's watched descriptors. Loop thread.
+
+    on_error: called with what a piece of work raised; the pump itself goes on.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, on_error: Callable[[BaseException], None]
+    ) -> None:
+        self._loop = loop
+        self._on_error = on_error
+        self._work: dict[int, Work] = {}
+        self._again: dict[int, asyncio.Handle] = {}
+
+    def watch(self, fd: int, work: Work) -> None:
+        """Call `work` whenever `fd` is readable, until unwatch(). Idempotent."""
+        if fd not in self._work:
+            self._work[fd] = work
+            self._loop.add_reader(fd, self._run, fd)
+
+    def unwatch(self, fd: int) -> None:
+        """Undo watch(); before the descriptor is closed. Idempotent."""
+        if self._work.pop(fd, None) is not None:
+            self._loop.remove_reader(fd)
+        if again := self._again.pop(fd, None):
+            again.cancel()
+
+    def stop(self) -> None:
+        """Watch nothing any more. Idempotent."""
+        for fd in tuple(self._work):
+            self.unwatch(fd)
+
+    def _run(self, fd: int) -> None:
+        if again := self._again.pop(fd, None):
+            again.cancel()
+        work = self._work.get(fd)
+        if work is None:
+            return
+        try:
+            more = work()
+        except Exception as e:
+            self._on_error(e)
+            return
+        if more and fd in self._work:
+            self._again[fd] = self._loop.call_soon(self._run, fd)

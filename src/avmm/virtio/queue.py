@@ -1,0 +1,99 @@
+"""A virtqueue: where the driver put it, and the native ring that works on it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from avmm.errors import GuestFault, HostError
+from avmm.mem.guest import GuestMemory
+from avmm.native import CData, ffi, lib
+from avmm.virtio.interrupt import Interrupt
+
+MAX_SIZE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatistics:
+    """Counters since the device was made. chains: taken; used: given back; suppressed: batches
+    of used buffers for which the driver wanted no interrupt."""
+
+    kicks: int
+    chains: int
+    used: int
+    interrupts: int
+    suppressed: int
+
+
+class Queue:
+    """One queue. The transport sets size and addresses (virtio 1.3 section 4.2.2) before it is
+    started; the ring itself belongs to the loop.
+
+    kick_fd: an eventfd that is written when the driver notifies the queue; owned.
+    """
+
+    def __init__(
+        self, index: int, max_size: int, memory: GuestMemory, interrupt: Interrupt
+    ) -> None:
+        self.index = index
+        self.max_size = max_size
+        self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.ring: CData = lib.av_vring_create(memory.native, interrupt.native)
+        if not self.ring:
+            os.close(self.kick_fd)
+            raise HostError("memory", op="Virtqueue", errno=ffi.errno)
+        self.forget()
+
+    def forget(self) -> None:
+        """Back to the state after power-on."""
+        self.size = self.max_size
+        self.desc_gpa = 0
+        self.driver_gpa = 0
+        self.device_gpa = 0
+        self.ready = False
+
+    def check(self) -> None:
+        """Raise GuestFault("queue-size" | "queue-address") for a queue that cannot work."""
+        size = self.size
+        if not 0 < size <= self.max_size or size & (size - 1):
+            raise GuestFault("queue-size", f"Queue {self.index}: bad size {size}")
+
+    def start(self, features: int) -> None:
+        """Begin to work; the driver has said that it is ready. Raises GuestFault."""
+        self.check()
+        result = lib.av_vring_start(
+            self.ring, self.size, self.desc_gpa, self.driver_gpa, self.device_gpa, features
+        )
+        if result < 0:
+            raise GuestFault(
+                "queue-address",
+                f"Queue {self.index}: {self.desc_gpa:#x}, {self.driver_gpa:#x}, "
+                f"{self.device_gpa:#x} are unaligned or outside memory",
+            )
+
+    def stop(self) -> None:
+        """Stop using the driver's memory; nothing may be in flight."""
+        lib.av_vring_stop(self.ring)
+
+    def notify(self) -> None:
+        """As if the driver had written the notification."""
+        os.eventfd_write(self.kick_fd, 1)
+
+    @property
+    def fault(self) -> str:
+        """The kind of GuestFault that the ring is dead of, or "none"."""
+        name = ffi.string(lib.av_fault_name(lib.av_vring_fault(self.ring)))
+        return bytes(name).decode()
+
+    def statistics(self) -> QueueStatistics:
+        """Counters as of now."""
+        s = ffi.new("struct av_vring_stats *")
+        lib.av_vring_statistics(self.ring, s)
+        return QueueStatistics(s.kicks, s.chains, s.used, s.interrupts, s.suppressed)
+
+    def close(self) -> None:
+        """Free it. Idempotent."""
+        if self.ring:
+            lib.av_vring_destroy(self.ring)
+            self.ring = ffi.NULL
+            os.close(self.kick_fd)
