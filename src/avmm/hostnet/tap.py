@@ -25,6 +25,7 @@ _TUNSETIFF = 0x400454CA
 _TUNSETPERSIST = 0x400454CB
 _TUNSETOFFLOAD = 0x400454D0
 _TUNSETVNETHDRSZ = 0x400454D8
+_TUNSETCARRIER = 0x400454E2
 _IFF_TAP = 0x0002
 _IFF_NO_PI = 0x1000
 _IFF_VNET_HDR = 0x4000
@@ -66,6 +67,13 @@ class HostTap:
             fcntl.ioctl(self.fd, _TUNSETOFFLOAD, flags)
         except OSError as e:
             raise HostError("tap", op="TUNSETOFFLOAD", path=self.name, errno=e.errno) from e
+
+    def set_carrier(self, up: bool) -> None:
+        """Whether the host's interface has a carrier; without one nothing is routed to it."""
+        try:
+            fcntl.ioctl(self.fd, _TUNSETCARRIER, int(up).to_bytes(4, "little"))
+        except OSError as e:
+            raise HostError("tap", op="TUNSETCARRIER", path=self.name, errno=e.errno) from e
 
     async def close(self) -> None:
         """Detach and undo. Idempotent."""
@@ -150,7 +158,9 @@ def _configure(netlink: Netlink, settings: TapSettings) -> bool:
     """MTU, up, address; whether the address is ours to remove."""
     index = netlink.index(settings.name)
     if index is None:
-        raise HostError("tap", op="TAP", path=settings.name, remedy="it vanished while it was set up")
+        raise HostError(
+            "tap", op="TAP", path=settings.name, remedy="it vanished while it was set up"
+        )
     added = False
     if settings.host is not None:
         host = parse_host(settings.host, settings.name)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import functools
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from avmm.errors import BugError, GuestFault, HostError
 from avmm.virtio import features
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.pump import Pump
-from avmm.virtio.queue import Queue, QueueStatistics
-from avmm.virtio.state import DeviceState
+from avmm.virtio.queue import NO_FAULT, Queue, QueueStatistics
+from avmm.virtio.state import DeviceState, Transition
 
 log = logging.getLogger(__name__)
 
@@ -22,22 +25,64 @@ _FAULTS_LOGGED = 10
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatistics:
-    """Counters since the device was made. faults: times the guest broke the specification."""
+    """Counters since the device was made.
+
+    status: the status field now. faults: times the guest broke the specification; last_fault:
+    how. ignored: register accesses that mean nothing.
+    """
 
     type: str
+    status: int
     faults: int
+    last_fault: str | None
+    ignored: int
     interrupts: int
     queues: tuple[QueueStatistics, ...]
     counters: dict[str, int]
 
 
-class VirtioDevice(ABC):
-    """Base of all devices. All methods on the loop, but for config_space, which vCPUs read.
+@dataclass(frozen=True, slots=True)
+class ConfigSpace:
+    """The configuration space and its generation (virtio 1.3 section 2.5), replaced as one: a
+    driver on another thread that has read a new byte must not read the old generation after it."""
 
-    A device implements kick(), and of the hooks on_activate(), on_quiesce(), on_reset(),
-    write_config() and counters() what it needs.
+    data: bytes = b""
+    generation: int = 0
 
-    config_space: the device's configuration as bytes; replaced whole, never changed in place.
+
+class Hooks:
+    """What an author may add to a device. All on the loop; the default is to do nothing."""
+
+    def on_activate(self, negotiated: int) -> None:
+        """The driver is ready and the queues it uses are started; adapt to its features."""
+
+    def on_resume(self) -> None:
+        """Work begins, after on_activate() or on_quiesce(): watch descriptors of your own."""
+
+    async def on_quiesce(self) -> None:
+        """Come to rest: take no more chains, and return when none is in flight. The pump, with
+        all it watched, has stopped. Must bear being called at rest."""
+
+    def on_queue_stop(self, index: int) -> None:
+        """Forget chains taken from a queue and not given back; the driver has them again."""
+
+    def on_reset(self) -> None:
+        """Forget what the driver set up; at rest, after every on_queue_stop()."""
+
+    def on_config_write(self, offset: int, data: bytes) -> None:
+        """The driver wrote its configuration space; nothing is writable by default."""
+
+    def counters(self) -> dict[str, int]:
+        """The device's own counters, for statistics()."""
+        return {}
+
+
+class VirtioDevice(Hooks, ABC):
+    """Base of all devices. An author implements kick() and what is needed of Hooks.
+
+    All methods on the loop, but for what the transport reads on vCPU threads: `config` and
+    `state`. Calls that change what the device does exclude each other, so vCPUs that reset and
+    start a device at the same moment do it one after the other.
     """
 
     def __init__(
@@ -52,11 +97,14 @@ class VirtioDevice(ABC):
         self.context = context
         self.interrupt = context.interrupt
         self.state = DeviceState(offered | features.TRANSPORT)
-        self.config_space = b""
-        self.config_generation = 0
-        self.pump = Pump(context.loop, self._on_work_error)
+        self.config = ConfigSpace()
+        self.ignored = 0
+        self.pump = Pump(context.loop, self._on_error)
         self.queues: list[Queue] = []
         self._faults = 0
+        self._last_fault: str | None = None
+        self._quiesced = False
+        self._control = asyncio.Lock()
         for index, size in enumerate(queue_sizes):
             queue = Queue(index, size, context.memory, context.interrupt)
             context.stack.callback(queue.close)
@@ -64,105 +112,163 @@ class VirtioDevice(ABC):
 
     @abstractmethod
     def kick(self, index: int) -> bool:
-        """Work on queue `index`, whose kick_fd is readable; True when there is more to do."""
+        """Work on queue `index`, whose kick_fd is readable: drain it, do a bounded amount.
 
-    def on_activate(self, negotiated: int) -> None:
-        """The driver is ready; queues that it uses are started."""
+        True when there is more to do. Raises GuestFault or, by checked(), HostError.
+        """
 
-    async def on_quiesce(self) -> None:
-        """Come to rest: take no more chains, and return when none is in flight."""
+    async def set_status(self, value: int) -> None:
+        """The driver wrote the status field; returns when all that follows from it is done."""
+        async with self._control:
+            with self._contained():
+                transition = self.state.write(value)
+                if transition is Transition.RESET:
+                    await self._reset()
+                elif transition is Transition.ACTIVATE:
+                    self._activate()
 
-    async def on_reset(self) -> None:
-        """Forget what the driver set up; after quiesce()."""
+    async def set_queue_ready(self, queue: Queue, ready: bool) -> None:
+        """The driver offers a queue, or takes it away (virtio 1.3 section 4.2.2, QueueReady)."""
+        async with self._control:
+            with self._contained():
+                if ready and not queue.ready:
+                    queue.start(self.state.features)
+                    queue.ready = True
+                    if self.state.live and not self._quiesced:
+                        self._watch(queue)
+                elif not ready and queue.ready:
+                    await self._disable(queue)
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver wrote its configuration space; nothing is writable unless overridden."""
-
-    def counters(self) -> dict[str, int]:
-        """The device's own counters, for statistics()."""
-        return {}
-
-    def activate(self) -> None:
-        """Start the queues that the driver made ready, and work on them."""
-        negotiated = self.state.features
-        try:
-            for queue in self.queues:
-                if queue.ready:
-                    queue.start(negotiated)
-        except GuestFault as e:
-            self.fault(e)
-            return
-        self.on_activate(negotiated)
-        self._watch_queues()
+        """The driver wrote its configuration space."""
+        with self._contained():
+            self.on_config_write(offset, data)
 
     async def quiesce(self) -> None:
-        """The one way to bring the device to rest; idempotent."""
-        self.pump.stop()
-        await self.on_quiesce()
+        """The one way to bring the device to rest: nothing is in flight when it returns, and no
+        chain is taken before resume(). Idempotent."""
+        async with self._control:
+            self._quiesced = True
+            await self._rest()
+
+    async def resume(self) -> None:
+        """Undo quiesce(). Idempotent."""
+        async with self._control:
+            if self._quiesced:
+                self._quiesced = False
+                self._work()
 
     async def reset(self) -> None:
         """Back to the state after power-on; returns when the driver may reuse its memory."""
-        await self.quiesce()
-        await self.on_reset()
-        for queue in self.queues:
-            queue.stop()
-            queue.forget()
-        self.interrupt.acknowledge(0xFFFF_FFFF)
-        self.state.reset()
-
-    async def disable_queue(self, queue: Queue) -> None:
-        """The driver takes one queue away (virtio 1.3 section 4.2.2.2, QueueReady)."""
-        queue.ready = False
-        if self.state.running:
-            await self.quiesce()
-            queue.stop()
-            self.activate()
+        async with self._control:
+            await self._reset()
 
     def fault(self, fault: GuestFault) -> None:
         """The guest broke the specification: count it and ask for a reset (2.1.2)."""
         self._faults += 1
-        if self._faults <= _FAULTS_LOGGED:
-            log.warning("%s: %s", self.context.id, fault)
-        self.pump.stop()
-        if self.state.needs_reset() and self.state.running:
-            self.config_generation += 1
+        self._last_fault = fault.kind
+        # A guest can do this for ever; after the first few only every doubling is worth a line.
+        if self._faults <= _FAULTS_LOGGED or not self._faults & (self._faults - 1):
+            log.warning("%s: %s (fault %d)", self.context.id, fault, self._faults)
+        self._need_reset()
+
+    def set_config(self, data: bytes, *, notify: bool = True) -> None:
+        """Replace the configuration space and, by `notify`, tell the driver (2.5.1)."""
+        self.config = ConfigSpace(data, (self.config.generation + 1) & 0xFFFF_FFFF)
+        if notify and self.state.driver_ok:
             self.interrupt.raise_config()
 
-    def set_config(self, config_space: bytes) -> None:
-        """Replace the configuration space and tell the driver (2.5.1)."""
-        self.config_space = config_space
-        self.config_generation += 1
-        if self.state.running:
-            self.interrupt.raise_config()
-
-    def checked(self, result: int, queue: Queue, op: str) -> int:
+    def checked(self, result: int, op: str) -> int:
         """A native call's result; raises GuestFault for -EPROTO, HostError for other errors."""
         if result >= 0:
             return result
         if result == -errno.EPROTO:
-            raise GuestFault(queue.fault, f"Queue {queue.index}: {queue.fault}")
+            for queue in self.queues:
+                if (kind := queue.fault) != NO_FAULT:
+                    raise GuestFault(kind, f"Queue {queue.index}: {kind}")
         raise HostError(self.device_type.name, op=op, errno=-result)
 
     def statistics(self) -> DeviceStatistics:
         """Counters as of now."""
         return DeviceStatistics(
             type=self.device_type.name,
+            status=self.state.status,
             faults=self._faults,
+            last_fault=self._last_fault,
+            ignored=self.ignored,
             interrupts=self.interrupt.count,
             queues=tuple(queue.statistics() for queue in self.queues),
             counters=self.counters(),
         )
 
-    def _watch_queues(self) -> None:
+    def _activate(self) -> None:
+        if not self.state.live:
+            # It broke while it was set up. Now the driver can be told (2.1.2).
+            self.interrupt.raise_config()
+            return
         for queue in self.queues:
             if queue.ready:
-                self.pump.watch(queue.kick_fd, functools.partial(self.kick, queue.index))
+                queue.start(self.state.features)
+        self.on_activate(self.state.features)
+        self._work()
 
-    def _on_work_error(self, error: BaseException) -> None:
+    def _work(self) -> None:
+        """Start working, unless somebody wants the device at rest."""
+        if self._quiesced or not self.state.live:
+            return
+        self.on_resume()
+        for queue in self.queues:
+            if queue.ready:
+                self._watch(queue)
+
+    def _watch(self, queue: Queue) -> None:
+        self.pump.watch(queue.kick_fd, functools.partial(self.kick, queue.index))
+        # The driver may have offered chains while its kicks were switched off.
+        queue.notify()
+
+    async def _rest(self) -> None:
+        self.pump.stop()
+        await self.on_quiesce()
+
+    async def _reset(self) -> None:
+        await self._rest()
+        for queue in self.queues:
+            self._stop_queue(queue)
+            queue.forget()
+        self.on_reset()
+        self.interrupt.acknowledge(0xFFFF_FFFF)
+        self.state.reset()
+
+    async def _disable(self, queue: Queue) -> None:
+        """One queue stops; the others rest meanwhile and go on where they were."""
+        if self.state.driver_ok:
+            await self._rest()
+        self._stop_queue(queue)
+        queue.ready = False
+        self._work()
+
+    def _stop_queue(self, queue: Queue) -> None:
+        self.on_queue_stop(queue.index)
+        queue.stop()
+
+    def _need_reset(self) -> None:
+        self.pump.stop()
+        if self.state.needs_reset() and self.state.driver_ok:
+            self.interrupt.raise_config()
+
+    @contextlib.contextmanager
+    def _contained(self) -> Iterator[None]:
+        """Nothing the guest asks for may fail in the hands of whoever carries it out."""
+        try:
+            yield
+        except Exception as e:
+            self._on_error(e)
+
+    def _on_error(self, error: Exception) -> None:
         if isinstance(error, GuestFault):
             self.fault(error)
             return
-        self.pump.stop()
+        self._need_reset()
         if not isinstance(error, HostError):
             bug = BugError("device", f"{self.context.id}: {type(error).__name__}: {error}")
             bug.__cause__ = error

@@ -19,12 +19,13 @@ class Pump:
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, on_error: Callable[[BaseException], None]
+        self, loop: asyncio.AbstractEventLoop, on_error: Callable[[Exception], None]
     ) -> None:
         self._loop = loop
         self._on_error = on_error
         self._work: dict[int, Work] = {}
         self._again: dict[int, asyncio.Handle] = {}
+        self._writers: set[int] = set()
 
     def watch(self, fd: int, work: Work) -> None:
         """Call `work` whenever `fd` is readable, until unwatch(). Idempotent."""
@@ -39,10 +40,19 @@ class Pump:
         if again := self._again.pop(fd, None):
             again.cancel()
 
+    def when_writable(self, fd: int, action: Callable[[], None]) -> None:
+        """Call `action` once, when `fd` is writable. Idempotent until then."""
+        if fd not in self._writers:
+            self._writers.add(fd)
+            self._loop.add_writer(fd, self._run_writer, fd, action)
+
     def stop(self) -> None:
         """Watch nothing any more. Idempotent."""
         for fd in tuple(self._work):
             self.unwatch(fd)
+        for fd in self._writers:
+            self._loop.remove_writer(fd)
+        self._writers.clear()
 
     def _run(self, fd: int) -> None:
         if again := self._again.pop(fd, None):
@@ -57,3 +67,11 @@ class Pump:
             return
         if more and fd in self._work:
             self._again[fd] = self._loop.call_soon(self._run, fd)
+
+    def _run_writer(self, fd: int, action: Callable[[], None]) -> None:
+        self._writers.discard(fd)
+        self._loop.remove_writer(fd)
+        try:
+            action()
+        except Exception as e:
+            self._on_error(e)

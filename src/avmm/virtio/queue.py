@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from avmm.mem.guest import GuestMemory
 from avmm.native import CData, ffi, lib
 from avmm.virtio.interrupt import Interrupt
 
-MAX_SIZE = 1024
+NO_FAULT = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +27,10 @@ class QueueStatistics:
 
 
 class Queue:
-    """One queue. The transport sets size and addresses (virtio 1.3 section 4.2.2) before it is
-    started; the ring itself belongs to the loop.
+    """One queue. The transport sets size and addresses (virtio 1.3 section 4.2.2) while it is not
+    ready, on vCPU threads; the ring itself belongs to the loop.
 
+    ready: the driver said that the queue is set up, and the ring has accepted it.
     kick_fd: an eventfd that is written when the driver notifies the queue; owned.
     """
 
@@ -42,6 +44,7 @@ class Queue:
         if not self.ring:
             os.close(self.kick_fd)
             raise HostError("memory", op="Virtqueue", errno=ffi.errno)
+        self._final_statistics = QueueStatistics(0, 0, 0, 0, 0)
         self.forget()
 
     def forget(self) -> None:
@@ -52,23 +55,26 @@ class Queue:
         self.device_gpa = 0
         self.ready = False
 
-    def check(self) -> None:
-        """Raise GuestFault("queue-size" | "queue-address") for a queue that cannot work."""
-        size = self.size
-        if not 0 < size <= self.max_size or size & (size - 1):
-            raise GuestFault("queue-size", f"Queue {self.index}: bad size {size}")
-
     def start(self, features: int) -> None:
-        """Begin to work; the driver has said that it is ready. Raises GuestFault."""
-        self.check()
+        """Begin with an empty ring where the driver put it.
+
+        features: the negotiated ones. Raises GuestFault("queue-size" | "queue-address").
+        """
+        size = self.size
+        # The ring's size argument is 16 bits wide, the register 32: check before it is cut.
+        if not 0 < size <= self.max_size or size & (size - 1):
+            raise GuestFault(
+                "queue-size",
+                f"Queue {self.index}: size {size} is not a power of two up to {self.max_size}",
+            )
         result = lib.av_vring_start(
-            self.ring, self.size, self.desc_gpa, self.driver_gpa, self.device_gpa, features
+            self.ring, size, self.desc_gpa, self.driver_gpa, self.device_gpa, features
         )
         if result < 0:
             raise GuestFault(
                 "queue-address",
                 f"Queue {self.index}: {self.desc_gpa:#x}, {self.driver_gpa:#x}, "
-                f"{self.device_gpa:#x} are unaligned or outside memory",
+                f"{self.device_gpa:#x}: unaligned or outside memory",
             )
 
     def stop(self) -> None:
@@ -76,17 +82,24 @@ class Queue:
         lib.av_vring_stop(self.ring)
 
     def notify(self) -> None:
-        """As if the driver had written the notification."""
+        """As if the driver had written the notification. Any thread."""
         os.eventfd_write(self.kick_fd, 1)
+
+    def take_kick(self) -> None:
+        """Drain kick_fd, for a device that has no native work to do it."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.kick_fd)
 
     @property
     def fault(self) -> str:
-        """The kind of GuestFault that the ring is dead of, or "none"."""
+        """The kind of GuestFault that the ring is dead of, or NO_FAULT."""
         name = ffi.string(lib.av_fault_name(lib.av_vring_fault(self.ring)))
         return bytes(name).decode()
 
     def statistics(self) -> QueueStatistics:
-        """Counters as of now."""
+        """Counters as of now, or as of close()."""
+        if not self.ring:
+            return self._final_statistics
         s = ffi.new("struct av_vring_stats *")
         lib.av_vring_statistics(self.ring, s)
         return QueueStatistics(s.kicks, s.chains, s.used, s.interrupts, s.suppressed)
@@ -94,6 +107,7 @@ class Queue:
     def close(self) -> None:
         """Free it. Idempotent."""
         if self.ring:
+            self._final_statistics = self.statistics()
             lib.av_vring_destroy(self.ring)
             self.ring = ffi.NULL
             os.close(self.kick_fd)

@@ -17,7 +17,7 @@ _DRIVER_BITS = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED
 
 
 class Transition(enum.Enum):
-    """What a write of the status field asks the transport to do."""
+    """What a write of the status field asks of the device."""
 
     NONE = "none"
     RESET = "reset"
@@ -25,8 +25,10 @@ class Transition(enum.Enum):
 
 
 class DeviceState:
-    """One device's status and features. Registers that several vCPUs write at once hurt only the
-    guest that does so.
+    """One device's status and features.
+
+    Written on the loop, but for accept_features(), which vCPU threads call: vCPUs that race there
+    hurt only their own guest. Any thread may read.
 
     offered: the device's feature bits, constant.
     """
@@ -42,9 +44,14 @@ class DeviceState:
         return self.driver_features if self.status & FEATURES_OK else 0
 
     @property
-    def running(self) -> bool:
-        """Whether the driver may use the queues."""
-        return bool(self.status & DRIVER_OK) and not self.status & FAILED
+    def driver_ok(self) -> bool:
+        """Whether the driver is set up, so that it may be interrupted (3.1.2)."""
+        return bool(self.status & DRIVER_OK)
+
+    @property
+    def live(self) -> bool:
+        """Whether the device may work on queues: the driver is set up and nothing is broken."""
+        return self.status & (DRIVER_OK | DEVICE_NEEDS_RESET) == DRIVER_OK
 
     def accept_features(self, value: int) -> None:
         """Take the driver's features; ignored once they are fixed by FEATURES_OK."""
@@ -54,15 +61,18 @@ class DeviceState:
     def write(self, value: int) -> Transition:
         """Take a status the driver wrote.
 
-        FEATURES_OK stays clear when the features are not acceptable (2.2, 3.1.1 step 6). A
-        driver cannot clear a bit but by a reset, and cannot set DEVICE_NEEDS_RESET.
+        FEATURES_OK stays clear when the features are not acceptable (2.2, 3.1.1 step 6), and
+        DRIVER_OK without it or after FAILED. A driver cannot clear a bit but by a reset, and
+        cannot set DEVICE_NEEDS_RESET. RESET changes nothing yet: the old status is what others
+        read until the device is at rest and calls reset().
         """
         if value == 0:
             return Transition.RESET
         new = value & _DRIVER_BITS & ~self.status
         if new & FEATURES_OK and not self._acceptable():
-            new &= ~(FEATURES_OK | DRIVER_OK)
-        if new & DRIVER_OK and not (self.status | new) & FEATURES_OK:
+            new &= ~FEATURES_OK
+        after = self.status | new
+        if not after & FEATURES_OK or after & FAILED:
             new &= ~DRIVER_OK
         self.status |= new
         return Transition.ACTIVATE if new & DRIVER_OK else Transition.NONE

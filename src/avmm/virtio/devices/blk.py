@@ -53,7 +53,8 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.serial is not None and not (self.serial.isascii() and len(self.serial) <= ID_BYTES):
             raise ConfigError(
-                "disk", f"Disk {self.path}: serial {self.serial!r} is not at most 20 ASCII characters"
+                "disk",
+                f"Disk {self.path}: serial {self.serial!r} is not ASCII of up to {ID_BYTES} bytes",
             )
 
 
@@ -69,24 +70,28 @@ class BlkDevice(VirtioDevice):
             offered |= features.BLK_DISCARD | features.BLK_WRITE_ZEROES
         super().__init__(BLK, context, offered=offered, queue_sizes=(QUEUE_SIZE,))
         self.disk = disk
+        self._op = f"I/O on disk {disk.path}"
         self._writeback = True
         self.engine, self._native = _create_native(config, disk, context.id)
         context.stack.callback(self._destroy)
         for queue in self.queues:
             lib.av_blk_attach(self._native, queue.ring)
         self._event_fd = int(lib.av_blk_event_fd(self._native))
-        self.config_space = self._config()
+        self.set_config(self._config())
 
     def kick(self, index: int) -> bool:
         """Start the queue's requests."""
         queue = self.queues[index]
         result = lib.av_blk_kick(self._native, index, queue.kick_fd)
-        return self.checked(result, queue, f"I/O on {self.disk.path}") > 0
+        return self.checked(result, self._op) > 0
 
     def on_activate(self, negotiated: int) -> None:
         """Without FLUSH the driver cannot ask for durability, so each write is (5.2.5.2)."""
         if not negotiated & (features.BLK_FLUSH | features.BLK_CONFIG_WCE):
             self._set_writeback(False)
+
+    def on_resume(self) -> None:
+        """Take chains again."""
         lib.av_blk_hold(self._native, 0)
         self.pump.watch(self._event_fd, self._complete)
 
@@ -97,11 +102,11 @@ class BlkDevice(VirtioDevice):
             await self._event()
             self._complete()
 
-    async def on_reset(self) -> None:
+    def on_reset(self) -> None:
         """The cache is in write-back mode again."""
         self._set_writeback(True)
 
-    def write_config(self, offset: int, data: bytes) -> None:
+    def on_config_write(self, offset: int, data: bytes) -> None:
         """The driver may switch the cache mode (CONFIG_WCE)."""
         if offset == _WRITEBACK_AT and self.state.features & features.BLK_CONFIG_WCE:
             self._set_writeback(bool(data[0]))
@@ -124,7 +129,7 @@ class BlkDevice(VirtioDevice):
 
     def _complete(self) -> bool:
         result = lib.av_blk_complete(self._native)
-        return self.checked(result, self.queues[0], f"I/O on {self.disk.path}") > 0
+        return self.checked(result, self._op) > 0
 
     async def _event(self) -> None:
         """Until the engine has finished something."""
@@ -145,7 +150,7 @@ class BlkDevice(VirtioDevice):
     def _set_writeback(self, writeback: bool) -> None:
         self._writeback = writeback
         lib.av_blk_set_writeback(self._native, writeback)
-        self.config_space = self._config()
+        self.set_config(self._config(), notify=False)
 
     def _config(self) -> bytes:
         disk = self.disk

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import struct
 from typing import Annotated, ClassVar
@@ -16,6 +18,8 @@ from avmm.native import ffi, lib
 from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext, DeviceType
+
+log = logging.getLogger(__name__)
 
 RX, TX = 0, 1
 QUEUE_SIZE = 256
@@ -89,13 +93,16 @@ class NetDevice(VirtioDevice):
         if not self._native:
             raise HostError("memory", op=f"Net {tap.name}", errno=ffi.errno)
         context.stack.callback(self._destroy)
-        self.config_space = self._config()
+        self.set_config(self._config())
 
     def kick(self, index: int) -> bool:
         """Receive into new buffers, or send what the driver offers."""
         if index == TX:
             return self._transmit()
-        self.pump.watch(self.tap.fd, self._receive)
+        if not self._link_up:
+            self.queues[RX].take_kick()
+            return False
+        self._watch_tap()
         return self._receive()
 
     def on_activate(self, negotiated: int) -> None:
@@ -106,20 +113,41 @@ class NetDevice(VirtioDevice):
         frame_max = _LARGE_FRAME_BYTES if large else (self._mtu or _MTU_DEFAULT) + _ETHERNET_BYTES
         mergeable = bool(negotiated & features.NET_MRG_RXBUF)
         lib.av_net_start(self._native, mergeable, frame_max)
-        self.pump.watch(self.tap.fd, self._receive)
 
-    async def on_quiesce(self) -> None:
-        """Nothing is ever in flight here: both directions end within a call."""
-        self._unwatch_writable()
+    def on_resume(self) -> None:
+        """Listen to the TAP. There is no on_quiesce(): both directions end within a call."""
+        self._watch_tap()
 
-    async def on_reset(self) -> None:
-        """Buffers that were taken belong to the driver again."""
-        lib.av_net_stop(self._native)
+    def on_queue_stop(self, index: int) -> None:
+        """Receive buffers that were taken and not filled belong to the driver again."""
+        if index == RX:
+            lib.av_net_stop(self._native)
+
+    @property
+    def link_up(self) -> bool:
+        """Whether the cable is in."""
+        return self._link_up
 
     def set_link(self, up: bool) -> None:
-        """Plug the cable in or out; the driver sees it at once (VIRTIO_NET_S_LINK_UP)."""
+        """Plug the cable in or out, at both ends: the driver sees it at once (S_LINK_UP), and so
+        does the host's interface. Raises HostError."""
+        self.tap.set_carrier(up)
+        self._set_link_up(up)
+
+    def _set_link_up(self, up: bool) -> None:
+        if up == self._link_up:
+            return
         self._link_up = up
         self.set_config(self._config())
+        if up:
+            # Its work takes up whatever the TAP and the ring hold by now.
+            self.queues[RX].notify()
+        else:
+            self.pump.unwatch(self.tap.fd)
+
+    def _watch_tap(self) -> None:
+        if self._link_up and self.queues[RX].ready:
+            self.pump.watch(self.tap.fd, self._receive)
 
     def counters(self) -> dict[str, int]:
         """Packets and bytes both ways, and what was dropped."""
@@ -130,26 +158,28 @@ class NetDevice(VirtioDevice):
     def _receive(self) -> bool:
         rx = self.queues[RX]
         result = lib.av_net_rx(self._native, rx.kick_fd, _BUDGET_PACKETS)
-        state = self.checked(result, rx, f"Reading from TAP {self.tap.name}")
-        if state & lib.AV_NET_NO_BUFFERS:
+        if result < 0:
+            self._receive_failed(result)
+            return False
+        if result & lib.AV_NET_NO_BUFFERS:
             # The TAP stays readable; only the driver's kick can change anything.
             self.pump.unwatch(self.tap.fd)
-        return bool(state & lib.AV_NET_MORE)
+        return bool(result & lib.AV_NET_MORE)
+
+    def _receive_failed(self, result: int) -> None:
+        """Somebody took the TAP away: the guest loses its carrier, not its life."""
+        if result == -errno.EPROTO:
+            self.checked(result, "receive")
+        log.error("%s: TAP %s: %s", self.context.id, self.tap.name, os.strerror(-result))
+        self._set_link_up(False)
 
     def _transmit(self) -> bool:
         tx = self.queues[TX]
         result = lib.av_net_tx(self._native, tx.kick_fd, _BUDGET_PACKETS)
-        state = self.checked(result, tx, f"Writing to TAP {self.tap.name}")
+        state = self.checked(result, f"Writing to TAP {self.tap.name}")
         if state & lib.AV_NET_TAP_FULL:
-            self.context.loop.add_writer(self.tap.fd, self._writable)
+            self.pump.when_writable(self.tap.fd, tx.notify)
         return bool(state & lib.AV_NET_MORE)
-
-    def _writable(self) -> None:
-        self._unwatch_writable()
-        self.queues[TX].notify()
-
-    def _unwatch_writable(self) -> None:
-        self.context.loop.remove_writer(self.tap.fd)
 
     def _config(self) -> bytes:
         status = _S_LINK_UP if self._link_up else 0

@@ -32,7 +32,7 @@ class RngDevice(VirtioDevice):
         """Fill the driver's buffers."""
         queue = self.queues[index]
         result = lib.av_rng_kick(queue.ring, queue.kick_fd, _BUDGET_BYTES)
-        return self.checked(result, queue, "getrandom") > 0
+        return self.checked(result, "getrandom") > 0
 
 
 async def build(config: Rng, context: DeviceContext) -> RngDevice:

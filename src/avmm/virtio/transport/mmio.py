@@ -8,7 +8,6 @@ from avmm.bus.region import Call, Deferred, Post
 from avmm.mem.layout import VIRTIO_MMIO_SLOT_BYTES
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.queue import Queue
-from avmm.virtio.state import Transition
 
 SIZE_BYTES = VIRTIO_MMIO_SLOT_BYTES
 
@@ -55,6 +54,8 @@ class MmioTransport:
 
     Selectors and addresses are latched on the thread. What has consequences (status, queue
     ready, configuration) is a Call, so that it is over when the driver's instruction ends.
+    Nothing here raises, whatever the guest does; accesses that mean nothing read 0 or are
+    ignored, and are counted.
     """
 
     def __init__(self, device: VirtioDevice) -> None:
@@ -72,76 +73,77 @@ class MmioTransport:
             QUEUE_READY: self._queue_ready,
             INTERRUPT_STATUS: lambda: device.interrupt.status,
             STATUS: lambda: device.state.status,
-            CONFIG_GENERATION: lambda: device.config_generation & _LOW,
+            CONFIG_GENERATION: lambda: device.config.generation,
             **{register: lambda: _LOW for register in SHM_REGISTERS},  # no such region
+        }
+        self._writes: dict[int, Callable[[int], Deferred | None]] = {
+            DEVICE_FEATURES_SEL: self._select_device_features,
+            DRIVER_FEATURES: self._driver_features,
+            DRIVER_FEATURES_SEL: self._select_driver_features,
+            QUEUE_SEL: self._select_queue,
+            QUEUE_SIZE: self._set_queue_size,
+            QUEUE_READY: self._set_queue_ready,
+            QUEUE_NOTIFY: lambda value: Post(lambda: self._notify(value)),
+            INTERRUPT_ACK: device.interrupt.acknowledge,
+            STATUS: lambda value: Call(lambda: self._set_status(value)),
+            SHM_SEL: lambda value: None,
         }
 
     def kick_registrations(self) -> list[tuple[int, int, int]]:
-        """(offset, value, eventfd) of each queue's notification, for KVM's ioeventfd."""
+        """(offset, value, eventfd) of each queue's notification, for KVM's ioeventfd.
+
+        With these, a QueueNotify write comes here only for a value that names no queue, or where
+        the host's KVM could not decode the instruction.
+        """
         return [(QUEUE_NOTIFY, queue.index, queue.kick_fd) for queue in self.device.queues]
 
     def read(self, offset: int, size: int) -> int:
-        """Registers are 32 bits wide and aligned (4.2.2.2); other accesses read 0."""
+        """Registers are 32 bits wide and aligned (4.2.2.2); the configuration is bytes."""
         if offset >= CONFIG:
             at = offset - CONFIG
-            return int.from_bytes(self.device.config_space[at : at + size], "little")
-        if size != 4:
+            return int.from_bytes(self.device.config.data[at : at + size], "little")
+        register = self._reads.get(offset) if size == 4 else None
+        if register is None:
+            self._ignore()
             return 0
-        register = self._reads.get(offset)
-        return register() if register is not None else 0
+        return register()
 
     def write(self, offset: int, size: int, value: int) -> Deferred | None:
-        """Likewise; other accesses, and registers that are read-only, are ignored."""
+        """Likewise."""
+        value &= (1 << 8 * size) - 1
         if offset >= CONFIG:
-            data = value.to_bytes(8, "little")[:size]
+            data = value.to_bytes(size, "little")
             return Call(lambda: self.device.write_config(offset - CONFIG, data))
         if size != 4:
-            return None
-        if offset == STATUS:
-            return Call(lambda: self._write_status(value & 0xFF))
-        if offset == QUEUE_READY:
-            return Call(lambda: self._write_queue_ready(value))
-        if offset == QUEUE_NOTIFY:
-            # KVM takes this write for itself (ioeventfd); it comes here only for a value that
-            # names no queue, or where the host's KVM could not decode the instruction.
-            return Post(lambda: self._notify(value))
-        if offset == INTERRUPT_ACK:
-            self.device.interrupt.acknowledge(value)
+            self._ignore()
         elif offset in _ADDRESSES:
             self._set_address(offset, value)
+        elif register := self._writes.get(offset):
+            return register(value)
         else:
-            self._latch(offset, value)
+            self._ignore()
         return None
 
-    def _latch(self, offset: int, value: int) -> None:
-        if offset == DEVICE_FEATURES_SEL:
-            self._device_features_sel = value
-        elif offset == DRIVER_FEATURES_SEL:
-            self._driver_features_sel = value
-        elif offset == DRIVER_FEATURES:
-            self._driver_features(value)
-        elif offset == QUEUE_SEL:
-            self._queue_sel = value
-        elif offset == QUEUE_SIZE:
-            queue = self._queue()
-            if queue is not None and not queue.ready:
-                queue.size = value
+    def _ignore(self) -> None:
+        # Two vCPUs may count as one here: it is a hint that a driver is wrong, not a sum.
+        self.device.ignored += 1
 
     def _queue(self) -> Queue | None:
         queues = self.device.queues
         return queues[self._queue_sel] if self._queue_sel < len(queues) else None
 
+    def _unready_queue(self) -> Queue | None:
+        """The selected queue, if it may be set up now."""
+        queue = self._queue()
+        if queue is None or queue.ready:
+            self._ignore()
+            return None
+        return queue
+
     def _device_features(self) -> int:
         if self._device_features_sel > 1:
             return 0
         return self.device.state.offered >> 32 * self._device_features_sel & _LOW
-
-    def _driver_features(self, value: int) -> None:
-        if self._driver_features_sel > 1:
-            return
-        shift = 32 * self._driver_features_sel
-        others = self.device.state.driver_features & ~(_LOW << shift)
-        self.device.state.accept_features(others | value << shift)
 
     def _queue_size_max(self) -> int:
         queue = self._queue()
@@ -151,32 +153,46 @@ class MmioTransport:
         queue = self._queue()
         return int(queue.ready) if queue is not None else 0
 
+    def _select_device_features(self, value: int) -> None:
+        self._device_features_sel = value
+
+    def _select_driver_features(self, value: int) -> None:
+        self._driver_features_sel = value
+
+    def _select_queue(self, value: int) -> None:
+        self._queue_sel = value
+
+    def _driver_features(self, value: int) -> None:
+        """Words past the second hold features no device of ours offers: any bit there is one
+        too many, and makes FEATURES_OK fail."""
+        shift = 32 * min(self._driver_features_sel, 2)
+        others = self.device.state.driver_features & ~(_LOW << shift)
+        self.device.state.accept_features(others | value << shift)
+
+    def _set_queue_size(self, value: int) -> None:
+        if queue := self._unready_queue():
+            queue.size = value
+
     def _set_address(self, offset: int, value: int) -> None:
-        queue = self._queue()
-        if queue is None or queue.ready:
-            return
-        field, shift = _ADDRESSES[offset]
-        others: int = getattr(queue, field) & ~(_LOW << shift)
-        setattr(queue, field, others | value << shift)
+        if queue := self._unready_queue():
+            field, shift = _ADDRESSES[offset]
+            others: int = getattr(queue, field) & ~(_LOW << shift)
+            setattr(queue, field, others | value << shift)
 
-    async def _write_status(self, value: int) -> None:
-        device = self.device
-        transition = device.state.write(value)
-        if transition is Transition.RESET:
-            await device.reset()
-            self._device_features_sel = self._driver_features_sel = self._queue_sel = 0
-        elif transition is Transition.ACTIVATE:
-            device.activate()
-
-    async def _write_queue_ready(self, value: int) -> None:
+    def _set_queue_ready(self, value: int) -> Deferred | None:
         queue = self._queue()
         if queue is None:
-            return
-        if value & 1:
-            queue.ready = True
-        elif queue.ready:
-            await self.device.disable_queue(queue)
+            self._ignore()
+            return None
+        return Call(lambda: self.device.set_queue_ready(queue, bool(value & 1)))
+
+    async def _set_status(self, value: int) -> None:
+        await self.device.set_status(value & 0xFF)
+        if value & 0xFF == 0:
+            self._device_features_sel = self._driver_features_sel = self._queue_sel = 0
 
     def _notify(self, value: int) -> None:
         if value < len(self.device.queues):
             self.device.queues[value].notify()
+        else:
+            self._ignore()

@@ -1,0 +1,61 @@
+"""A virtio device with everything it needs but a VM: memory, interrupt, transport, driver."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from avmm.mem.guest import GuestMemory
+from avmm.units import MIB
+from avmm.virtio.device import VirtioDevice
+from avmm.virtio.devtype import DeviceContext
+from avmm.virtio.interrupt import Interrupt
+from avmm.virtio.transport.mmio import MmioTransport
+from fakes.mmio_driver import MmioDriver
+
+MEMORY_BYTES = 4 * MIB
+DATA_GPA = 0x10_0000
+"""Free for a test's buffers; the driver's queues lie below."""
+
+D = TypeVar("D", bound=VirtioDevice)
+
+
+@dataclass
+class Rig(Generic[D]):
+    """errors: what the device reported to its machine."""
+
+    device: D
+    transport: MmioTransport
+    driver: MmioDriver
+    memory: GuestMemory
+    errors: list[BaseException] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def virtio_rig(build: Callable[[DeviceContext], Awaitable[D]]) -> AsyncIterator[Rig[D]]:
+    """Built and taken down in the order in which the machine does it."""
+    errors: list[BaseException] = []
+    async with AsyncExitStack() as stack:
+        memory = GuestMemory.create(MEMORY_BYTES)
+        stack.callback(memory.close)
+        irq_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        stack.callback(os.close, irq_fd)
+        interrupt = Interrupt(irq_fd)
+        stack.callback(interrupt.close)
+        device = await build(
+            DeviceContext(
+                id="test0",
+                memory=memory,
+                interrupt=interrupt,
+                loop=asyncio.get_running_loop(),
+                stack=stack,
+                on_error=errors.append,
+            )
+        )
+        stack.push_async_callback(device.quiesce)
+        transport = MmioTransport(device)
+        yield Rig(device, transport, MmioDriver(transport, memory, irq_fd), memory, errors)

@@ -1,0 +1,113 @@
+"""The asyncio home: who is called when, and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from avmm.virtio.pump import Pump
+from fakes.mmio_driver import settle
+
+
+@pytest.fixture
+def event_fd() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    yield fd
+    os.close(fd)
+
+
+def make_pump() -> tuple[Pump, list[Exception]]:
+    errors: list[Exception] = []
+    return Pump(asyncio.get_running_loop(), errors.append), errors
+
+
+async def test_a_turn_that_has_more_to_do_lets_others_run_in_between(event_fd: int) -> None:
+    pump, _ = make_pump()
+    order: list[str] = []
+    done = asyncio.Event()
+
+    def work() -> bool:
+        if not order:
+            os.eventfd_read(event_fd)
+            asyncio.get_running_loop().call_soon(order.append, "other")
+        order.append("work")
+        if len(order) == 4:
+            done.set()
+            return False
+        return True
+
+    pump.watch(event_fd, work)
+    os.eventfd_write(event_fd, 1)
+    await done.wait()
+    pump.stop()
+    assert order == ["work", "other", "work", "work"]
+
+
+async def test_no_work_is_called_after_stop(event_fd: int) -> None:
+    pump, _ = make_pump()
+    calls: list[int] = []
+
+    def work() -> bool:
+        calls.append(1)
+        pump.stop()
+        return True
+
+    pump.watch(event_fd, work)
+    os.eventfd_write(event_fd, 1)
+    await settle()
+    assert calls == [1]
+    pump.stop()
+    assert not asyncio.get_running_loop().remove_reader(event_fd)
+
+
+async def test_an_error_is_reported_and_the_loop_goes_on(event_fd: int) -> None:
+    pump, errors = make_pump()
+
+    def work() -> bool:
+        os.eventfd_read(event_fd)
+        raise ValueError("broken")
+
+    pump.watch(event_fd, work)
+    for _ in range(2):
+        os.eventfd_write(event_fd, 1)
+        await settle()
+    pump.stop()
+    assert [str(e) for e in errors] == ["broken", "broken"]
+
+
+async def test_watching_twice_is_watching_once(event_fd: int) -> None:
+    pump, _ = make_pump()
+    calls: list[str] = []
+
+    def work(name: str) -> bool:
+        os.eventfd_read(event_fd)
+        calls.append(name)
+        return False
+
+    pump.watch(event_fd, lambda: work("first"))
+    pump.watch(event_fd, lambda: work("second"))
+    os.eventfd_write(event_fd, 1)
+    await settle()
+    pump.unwatch(event_fd)
+    pump.unwatch(event_fd)
+    assert calls == ["first"]
+
+
+async def test_when_writable_is_called_once_and_stop_takes_it_back() -> None:
+    pump, _ = make_pump()
+    calls: list[int] = []
+    left, right = socket.socketpair()
+    with left, right:
+        left.setblocking(False)
+        pump.when_writable(left.fileno(), lambda: calls.append(1))
+        await settle()
+        assert calls == [1]
+        pump.when_writable(left.fileno(), lambda: calls.append(2))
+        pump.stop()
+        await settle()
+        assert calls == [1]
+        assert not asyncio.get_running_loop().remove_writer(left.fileno())
