@@ -52,6 +52,7 @@ class MicroVM:
         self._life: asyncio.Task[ExitReason] | None = None
         self._last_statistics: MachineStatistics | None = None
         self._start_s = 0.0
+        self._stop_asked = False
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -170,8 +171,8 @@ class MicroVM:
             # asyncio.run() cancels every task at its end: a microVM nobody closed ends here.
             self._end(ExitReason(ExitKind.KILLED, "its event loop ended"))
             reason = self._ended.result()
-        self._state = State.STOPPING
         self._last_statistics = self.statistics()
+        self._state = State.STOPPING
         try:
             await uninterrupted(self._stack.aclose())
         finally:
@@ -188,8 +189,6 @@ class MicroVM:
         self._ended.set_result(reason)
         if self._parts is not None:
             self._parts.gate.stop()
-
-    _stop_asked = False
 
     def _running_parts(self, call: str, *, ended: bool = False) -> Parts:
         alive = self._state in (State.RUNNING, State.PAUSED)

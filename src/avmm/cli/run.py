@@ -1,0 +1,193 @@
+"""avmm run: one microVM, its console on this terminal."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from avmm.cli.main import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED
+from avmm.cli.terminal import ESCAPE_NAME, Input, Output, is_terminal, raw_mode
+from avmm.config import field_description, field_hint, parse_option, read_file
+from avmm.errors import ConfigError, HostError
+from avmm.log import log_to_stderr
+from avmm.loop import run as run_loop
+from avmm.machine.config import DEVICE_STRUCTS, Config
+from avmm.machine.machine import MachineStatistics, MicroVM
+from avmm.machine.reason import ExitKind, ExitReason
+
+_EPILOG = f"""\
+The guest's serial console is on this terminal; {ESCAPE_NAME} ends the guest. Without a terminal,
+bytes are streamed from stdin and to stdout. SIGTERM presses the power button, twice kills.
+
+Exit status: 0 poweroff or reboot, 1 crash or error, 2 bad input or a host that cannot run it,
+130 Ctrl-C or {ESCAPE_NAME}.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `avmm run`: one for each field of Config, described there."""
+    parser.epilog = _EPILOG
+    parser.add_argument("--config", metavar="FILE", help="TOML or JSON file with the same names")
+    hints = get_type_hints(Config)
+    for name in Config.__struct_fields__:
+        flag, text = f"--{name.replace('_', '-')}", field_description(Config, name)
+        if name in DEVICE_STRUCTS:
+            _add_device_option(parser, name)
+        elif hints[name] is bool:
+            parser.add_argument(flag, dest=name, action="store_true", default=None, help=text)
+        elif get_origin(hints[name]) is Literal:
+            parser.add_argument(flag, dest=name, choices=get_args(hints[name]), help=text)
+        else:
+            parser.add_argument(flag, dest=name, metavar=_metavar(name), help=text)
+    parser.add_argument("--stats", action="store_true", help="final counters, as JSON on stderr")
+    parser.add_argument(
+        "-v", "--verbose", action="count", default=0, help="log to stderr; -vv for everything"
+    )
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the microVM to its end."""
+    log_to_stderr(options.verbose)
+    config = make_config(options)
+    attached = is_terminal()
+    terminal = raw_mode(sys.stdin.fileno()) if attached else contextlib.nullcontext()
+    try:
+        with terminal:
+            ending = run_loop(_run(config, attached))
+    except HostError as e:
+        # It never ran: as with a bad option, nothing happened and the message says why.
+        print(f"avmm: {e}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    if options.stats:
+        values = {"reason": str(ending.reason), **asdict(ending.statistics)}
+        print(json.dumps(values), file=sys.stderr)
+    if ending.interrupted:
+        return EXIT_INTERRUPTED
+    if ending.reason.kind in (ExitKind.POWEROFF, ExitKind.REBOOT, ExitKind.STOPPED):
+        return 0
+    print(f"avmm: {ending.reason}", file=sys.stderr)
+    return EXIT_ERROR
+
+
+def make_config(options: argparse.Namespace) -> Config:
+    """From the file, if any, with the options given on the command line in its place."""
+    values = read_file(options.config) if options.config else {}
+    hints = get_type_hints(Config)
+    for name in Config.__struct_fields__:
+        given = getattr(options, name)
+        if given is None:
+            continue
+        if name in DEVICE_STRUCTS:
+            given = _device_values(name, given)
+        elif hints[name] in (int, float):
+            given = _number(given, hints[name], f"--{name.replace('_', '-')}")
+        values[name] = given
+    if "kernel" not in values:
+        raise ConfigError("kernel", "--kernel is needed: a bzImage or an ELF vmlinux")
+    return Config.from_values(values, options.config or "avmm run")
+
+
+def _add_device_option(parser: argparse.ArgumentParser, name: str) -> None:
+    struct = DEVICE_STRUCTS[name]
+    device_type = struct.device_type  # type: ignore[attr-defined]
+    keys = [field_hint(struct, f, "option") or f for f in struct.__struct_fields__]
+    several = name.endswith("s")
+    parser.add_argument(
+        device_type.flag,
+        dest=name,
+        metavar=",".join(keys[:1]).upper() + "[,...]",
+        action="append" if several else "store",
+        nargs=None if several else "?",
+        const=None if several else "",
+        help=f"{device_type.summary}; keys: {', '.join(keys)}",
+    )
+
+
+def _device_values(name: str, given: Any) -> Any:
+    struct = DEVICE_STRUCTS[name]
+    flag = struct.device_type.flag  # type: ignore[attr-defined]
+    if isinstance(given, list):
+        return [parse_option(text, struct, flag) for text in given]
+    return parse_option(given, struct, flag) if given else True
+
+
+def _number(text: str, kind: type, flag: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError("value", f"{flag} {text}: a number is needed") from None
+
+
+def _metavar(name: str) -> str:
+    return {"kernel": "FILE", "initrd": "FILE", "memory": "SIZE", "cmdline": "TEXT"}.get(name, "N")
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How the last microVM ended. interrupted: by the user's own key."""
+
+    reason: ExitReason
+    statistics: MachineStatistics
+    interrupted: bool
+
+
+async def _run(config: Config, attached: bool) -> _Ending:
+    while True:
+        async with MicroVM(config) as vm, _attached(vm, attached) as interrupted:
+            reason = await vm.wait()
+        if reason.kind is not ExitKind.REBOOT or config.on_reboot == "stop":
+            return _Ending(reason, vm.statistics(), interrupted.is_set())
+
+
+@contextlib.asynccontextmanager
+async def _attached(vm: MicroVM, attached: bool) -> AsyncIterator[asyncio.Event]:
+    """Console and signals of a running VM; the event is set when the user ended it."""
+    interrupted = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    tasks: set[asyncio.Task[Any]] = set()
+
+    def start(work: Any) -> None:
+        task = loop.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def interrupt() -> None:
+        interrupted.set()
+        start(vm.kill())
+
+    def terminate() -> None:
+        # The first asks the guest, the second does not.
+        loop.add_signal_handler(signal.SIGTERM, lambda: start(vm.kill()))
+        start(vm.stop())
+
+    output = Output(sys.stdout.fileno(), on_closed=lambda: start(vm.kill()))
+    output.write(vm.console.scrollback)
+    vm.console.add_sink(output.write)
+    on_escape = interrupt if attached else None
+    source = Input(sys.stdin.fileno(), vm.console, on_escape)
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    loop.add_signal_handler(signal.SIGTERM, terminate)
+    start(_forward(source))
+    try:
+        yield interrupted
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        loop.remove_signal_handler(signal.SIGTERM)
+        for task in tuple(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _forward(source: Input) -> None:
+    with contextlib.suppress(HostError):  # the guest ended while input was waiting
+        await source.forward()
