@@ -19,6 +19,7 @@ _FILE_DIRECT_ALIGNMENT_BYTES = 4096
 """What every file system that has direct I/O is content with."""
 
 _FLOCK = struct.Struct("hhqqi4x")
+_F_OFD_SETLK = 37
 
 
 class RawDisk:
@@ -79,6 +80,9 @@ class RawDisk:
     def close(self) -> None:
         """Close and unlock; no I/O may be in flight. Idempotent."""
         if self.fd >= 0:
+            # The lock would last as long as the open file, and io_uring lets go of a file that
+            # was registered with it only some time after its ring is closed.
+            fcntl.fcntl(self.fd, _F_OFD_SETLK, _flock(fcntl.F_UNLCK))
             os.close(self.fd)
             self.fd = -1
 
@@ -95,7 +99,7 @@ def _lock(fd: int, path: str, read_only: bool) -> None:
     microVMs of one process exclude each other as well, and a killed process leaves none."""
     kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
     try:
-        fcntl.fcntl(fd, _F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+        fcntl.fcntl(fd, _F_OFD_SETLK, _flock(kind))
     except OSError as e:
         if e.errno not in (errno.EAGAIN, errno.EACCES):
             raise HostError("disk-lock", op="lock", path=path, errno=e.errno) from e
@@ -105,7 +109,9 @@ def _lock(fd: int, path: str, read_only: bool) -> None:
         ) from e
 
 
-_F_OFD_SETLK = 37
+def _flock(kind: int) -> bytes:
+    """A struct flock for the whole file."""
+    return _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)
 
 
 def _open_error(path: str, e: OSError, *, read_only: bool, direct: bool) -> Exception:

@@ -1,0 +1,58 @@
+"""A guest's block driver: requests as virtio 1.3 section 5.2.6 has them."""
+
+from __future__ import annotations
+
+import struct
+
+from avmm.virtio.devices.blk import BlkDevice
+from fakes.driver_queue import Segment
+from fakes.virtio_rig import DATA_GPA, Rig
+
+IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+OK, IOERR, UNSUPP = 0, 1, 2
+
+_SLOT_BYTES = 0x10000
+_DATA_AT = 0x1000
+_STATUS_AT = 0x20
+_PENDING = 0xFF
+
+
+class BlkDriver:
+    """Places each request in a slot of its own in guest memory."""
+
+    def __init__(self, rig: Rig[BlkDevice]) -> None:
+        self.rig = rig
+        self._slots = 0
+
+    def submit(self, kind: int, sector: int = 0, data: bytes = b"", *, read_bytes: int = 0) -> int:
+        """Offer a request without a kick; the gpa of its slot."""
+        memory = self.rig.memory
+        slot = DATA_GPA + self._slots % 32 * _SLOT_BYTES
+        self._slots += 1
+        memory.write(slot, struct.pack("<IIQ", kind, 0, sector))
+        memory.write(slot + _STATUS_AT, bytes([_PENDING]))
+        memory.write(slot + _DATA_AT, data)
+        segments = [Segment(slot, 16)]
+        if data:
+            segments.append(Segment(slot + _DATA_AT, len(data)))
+        if read_bytes:
+            segments.append(Segment(slot + _DATA_AT, read_bytes, writable=True))
+        segments.append(Segment(slot + _STATUS_AT, 1, writable=True))
+        self.rig.driver.queues[0].offer(*segments)
+        return slot
+
+    def kick(self) -> None:
+        self.rig.driver.kick(0)
+
+    def status(self, slot: int) -> int:
+        """The status byte; 0xFF while the device has not written it."""
+        return self.rig.memory.read(slot + _STATUS_AT, 1)[0]
+
+    async def request(
+        self, kind: int, sector: int = 0, data: bytes = b"", *, read_bytes: int = 0
+    ) -> tuple[int, bytes]:
+        """One request to its end: its status and what it read."""
+        slot = self.submit(kind, sector, data, read_bytes=read_bytes)
+        self.kick()
+        await self.rig.driver.used(0)
+        return self.status(slot), self.rig.memory.read(slot + _DATA_AT, read_bytes)
