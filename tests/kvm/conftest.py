@@ -63,7 +63,7 @@ def tiny_guest(tmp_path: Path) -> Callable[[str], Path]:
         source.write_text(PROLOGUE + body)
         subprocess.run(
             ["gcc", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0x100000", "-Wl,--build-id=none"]
-            + ["-Wl,-z,noexecstack", "-o", str(kernel), str(source)],
+            + ["-Wl,-N", "-Wl,-z,noexecstack", "-o", str(kernel), str(source)],
             check=True,
         )
         return kernel
