@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from avmm.errors import BugError, ConfigError, HostError
 from avmm.units import KIB, MIB
 from avmm.virtio import features
 from avmm.virtio.devices.blk import BlkDevice, Disk, build
-from avmm.virtio.devtype import DeviceContext
 from avmm.virtio.interrupt import CONFIG_CHANGE
 from avmm.virtio.state import DEVICE_NEEDS_RESET
 from avmm.virtio.transport import mmio
@@ -34,7 +31,7 @@ from fakes.blk_driver import (
     BlkDriver,
 )
 from fakes.driver_queue import Segment
-from fakes.mmio_driver import perform, settle
+from fakes.mmio_driver import settle
 from fakes.virtio_rig import DATA_GPA, Rig, virtio_rig
 
 SIZE_BYTES = 4 * MIB
@@ -308,104 +305,6 @@ async def test_a_device_takes_all_its_descriptors_with_it(plugged: Plugged) -> N
         assert len(os.listdir("/proc/self/fd")) > len(before)
         await blk.request(FLUSH)
     assert set(os.listdir("/proc/self/fd")) == before
-
-
-class PipeDisk(RawDisk):
-    """A disk whose I/O takes as long as a test wants: bytes come and go through a pipe."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.path = "pipe"
-        self.read_only = False
-        self.is_device = False
-        self.alignment_bytes = 1
-        self.size_bytes = SIZE_BYTES
-
-
-@asynccontextmanager
-async def on_a_pipe(read_fd: int, write_fd: int) -> AsyncIterator[tuple[Rig[BlkDevice], BlkDriver]]:
-    """A started disk that writes to `write_fd`, by io_uring, which lets writes to pipes wait."""
-
-    async def build_on_pipe(context: DeviceContext) -> BlkDevice:
-        return BlkDevice(Disk("pipe", engine="io_uring"), PipeDisk(write_fd), context)
-
-    try:
-        async with virtio_rig(build_on_pipe) as rig:
-            await rig.driver.start()
-            yield rig, BlkDriver(rig)
-            os.set_blocking(read_fd, False)
-            with pytest.raises(BlockingIOError):  # the exit's quiesce() has nothing to wait for
-                os.read(read_fd, 1)
-    except HostError as e:
-        if e.kind == "disk-engine":
-            pytest.skip(f"no io_uring here: {e}")
-        raise
-
-
-@pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
-    read_fd, write_fd = os.pipe()
-    yield read_fd, write_fd
-    os.close(read_fd)
-    os.close(write_fd)
-
-
-async def stuck_write(rig: Rig[BlkDevice], blk: BlkDriver, write_fd: int) -> tuple[int, int]:
-    """A write in flight that waits for room in the pipe: its slot, and the bytes before it."""
-    os.set_blocking(write_fd, False)
-    filled = 0
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            filled += os.write(write_fd, bytes(4 * KIB))
-    os.set_blocking(write_fd, True)
-    slot = blk.submit(OUT, 0, b"x" * 512)
-    blk.kick()
-    await settle()
-    assert blk.status(slot) == 0xFF
-    return slot, filled
-
-
-async def test_reset_waits_for_inflight_writes(pipe: tuple[int, int]) -> None:
-    read_fd, write_fd = pipe
-    async with on_a_pipe(read_fd, write_fd) as (rig, blk):
-        slot, filled = await stuck_write(rig, blk, write_fd)
-        reset = asyncio.ensure_future(perform(rig.transport.write(mmio.STATUS, 4, 0)))
-        await settle()
-        assert not reset.done()
-        assert rig.driver.read(mmio.STATUS) != 0
-        os.read(read_fd, filled)
-        await reset
-        assert rig.driver.read(mmio.STATUS) == 0
-        assert blk.status(slot) == OK
-        assert os.read(read_fd, KIB) == b"x" * 512
-
-
-async def test_two_resets_at_once_both_end(pipe: tuple[int, int]) -> None:
-    read_fd, write_fd = pipe
-    async with on_a_pipe(read_fd, write_fd) as (rig, blk):
-        _, filled = await stuck_write(rig, blk, write_fd)
-        resets = [
-            asyncio.ensure_future(perform(rig.transport.write(mmio.STATUS, 4, 0))) for _ in range(2)
-        ]
-        await settle()
-        assert not any(reset.done() for reset in resets)
-        os.read(read_fd, filled)
-        await asyncio.gather(*resets)
-        os.read(read_fd, KIB)
-
-
-async def test_a_fault_leaves_what_is_in_flight_to_the_reset(pipe: tuple[int, int]) -> None:
-    read_fd, write_fd = pipe
-    async with on_a_pipe(read_fd, write_fd) as (rig, blk):
-        slot, filled = await stuck_write(rig, blk, write_fd)
-        rig.driver.queues[0].offer_head(60000)
-        blk.kick()
-        await settle()
-        assert rig.device.statistics().last_fault == "bad-head"
-        os.read(read_fd, filled)
-        await rig.driver.write(mmio.STATUS, 0)
-        assert blk.status(slot) == OK
-        os.read(read_fd, KIB)
 
 
 async def test_an_error_of_our_own_is_reported_and_the_loop_goes_on(

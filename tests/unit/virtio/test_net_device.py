@@ -1,0 +1,306 @@
+"""virtio-net over real rings, a socket pair in the place of the TAP."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from avmm.errors import HostError
+from avmm.hostnet.tap import (
+    OFFLOAD_CSUM,
+    OFFLOAD_TSO4,
+    OFFLOAD_TSO6,
+    OFFLOAD_TSO_ECN,
+    HostTap,
+    TapSettings,
+)
+from avmm.virtio import features
+from avmm.virtio.devices.net import RX, TX, NetDevice, Tap
+from avmm.virtio.devtype import DeviceContext
+from avmm.virtio.interrupt import CONFIG_CHANGE
+from avmm.virtio.state import DEVICE_NEEDS_RESET
+from avmm.virtio.transport import mmio
+from fakes.driver_queue import DriverQueue, Segment
+from fakes.mmio_driver import readable, settle
+from fakes.virtio_rig import DATA_GPA, Rig, virtio_rig
+
+HEADER = bytes(12)
+STATUS = mmio.CONFIG + 6
+RX_GPA = DATA_GPA
+TX_GPA = DATA_GPA + 0x10_0000
+
+
+class FakeTap(HostTap):
+    """Packets go to and come from `wire`, each with the 12 bytes of a header."""
+
+    def __init__(self) -> None:
+        ours, self.wire = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for end in (ours, self.wire):
+            end.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as small as it gets
+        super().__init__(TapSettings("avtest0"), ours.detach(), created=True, added=False)
+        self.offloads: list[int] = []
+        self.carrier: list[bool] = []
+
+    def set_offload(self, flags: int) -> None:
+        self.offloads.append(flags)
+
+    def set_carrier(self, up: bool) -> None:
+        self.carrier.append(up)
+
+    async def sent(self) -> bytes:
+        """The next packet that the guest sent, without its header."""
+        await readable(self.wire.fileno())
+        return self.wire.recv(70_000)[12:]
+
+
+@dataclass
+class Net:
+    """buffers: where each head's receive buffer is."""
+
+    rig: Rig[NetDevice]
+    tap: FakeTap
+    buffers: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def rx(self) -> DriverQueue:
+        return self.rig.driver.queues[RX]
+
+    def offer_rx(self, count: int, size_bytes: int = 2048) -> None:
+        for at in range(count):
+            gpa = RX_GPA + at * size_bytes
+            self.buffers[self.rx.offer(Segment(gpa, size_bytes, writable=True))] = gpa
+        self.rig.driver.kick(RX)
+
+    def send(self, frame: bytes, at: int = 0) -> None:
+        gpa = TX_GPA + 2048 * at
+        self.rig.memory.write(gpa, HEADER + frame)
+        self.rig.driver.queues[TX].offer(Segment(gpa, len(HEADER) + len(frame)))
+        self.rig.driver.kick(TX)
+
+    async def received(self) -> bytes:
+        """The next frame, which fits in one buffer."""
+        ((head, written),) = await self.rig.driver.used(RX)
+        packet = self.rig.memory.read(self.buffers[head], written)
+        assert packet[10:12] == b"\x01\x00"  # num_buffers
+        return packet[12:]
+
+
+@asynccontextmanager
+async def plugged(accept: int | None = None, **options: object) -> AsyncIterator[Net]:
+    """A started NIC."""
+    tap = FakeTap()
+
+    async def build(context: DeviceContext) -> NetDevice:
+        context.stack.callback(tap.wire.close)
+        context.stack.push_async_callback(tap.close)
+        return NetDevice(Tap("avtest0", **options), tap, context)  # type: ignore[arg-type]
+
+    async with virtio_rig(build) as rig:
+        await rig.driver.start(accept)
+        yield Net(rig, tap)
+        assert rig.errors == []
+
+
+async def test_frames_go_both_ways() -> None:
+    async with plugged() as net:
+        net.send(b"from the guest")
+        assert await net.tap.sent() == b"from the guest"
+        net.offer_rx(4)
+        net.tap.wire.send(HEADER + b"to the guest")
+        assert await net.received() == b"to the guest"
+        counters = net.rig.device.statistics().counters
+        assert (counters["tx_packets"], counters["tx_bytes"]) == (1, 14)
+        assert (counters["rx_packets"], counters["rx_bytes"]) == (1, 12)
+
+
+async def test_a_frame_waits_in_the_tap_until_there_are_buffers() -> None:
+    async with plugged() as net:
+        net.tap.wire.send(HEADER + b"early")
+        net.tap.wire.send(HEADER + b"second")
+        await settle()
+        net.offer_rx(1)
+        assert await net.received() == b"early"
+        await settle()
+        net.offer_rx(1)
+        assert await net.received() == b"second"
+        assert net.rig.device.statistics().counters["rx_dropped"] == 0
+
+
+async def test_frames_wait_in_the_ring_while_the_tap_is_full() -> None:
+    frames = [b"frame %d" % i for i in range(40)]
+    async with plugged() as net:
+        for at, frame in enumerate(frames):
+            net.send(frame, at)
+        await settle()
+        assert len(net.rig.driver.queues[TX].take_used()) < len(frames)
+        assert [await net.tap.sent() for _ in frames] == frames
+        assert net.rig.device.statistics().counters["tx_dropped"] == 0
+
+
+async def test_a_large_frame_fills_several_buffers() -> None:
+    frame = os.urandom(5000)
+    async with plugged() as net:
+        net.offer_rx(40)
+        net.tap.wire.send(HEADER + frame)
+        used = await net.rig.driver.used(RX, 3)
+        packet = b"".join(net.rig.memory.read(net.buffers[h], n) for h, n in used)
+        assert packet[10:12] == b"\x03\x00"
+        assert packet[12:] == frame
+
+
+@pytest.mark.parametrize(
+    ("bits", "flags"),
+    [
+        (0, 0),
+        (features.NET_GUEST_CSUM, OFFLOAD_CSUM),
+        (
+            features.NET_GUEST_CSUM | features.NET_GUEST_TSO4 | features.NET_GUEST_TSO6,
+            OFFLOAD_CSUM | OFFLOAD_TSO4 | OFFLOAD_TSO6,
+        ),
+        (None, OFFLOAD_CSUM | OFFLOAD_TSO4 | OFFLOAD_TSO6 | OFFLOAD_TSO_ECN),
+    ],
+)
+async def test_the_tap_may_offload_what_the_driver_accepted(bits: int | None, flags: int) -> None:
+    accept = None if bits is None else bits | features.VERSION_1
+    async with plugged(accept) as net:
+        assert net.tap.offloads == [flags]
+
+
+async def test_the_configuration_shows_mac_status_and_mtu() -> None:
+    async with plugged(mac="52:54:00:00:00:01", mtu=9000) as net:
+        driver = net.rig.driver
+        mac = bytes(driver.read(mmio.CONFIG + i, 1) for i in range(6))
+        assert mac.hex(":") == "52:54:00:00:00:01"
+        assert driver.read(STATUS, 2) == 1
+        assert driver.read(mmio.CONFIG + 10, 2) == 9000
+        assert await driver.read_features() & features.NET_MTU
+
+
+async def test_without_an_mtu_the_feature_is_not_offered() -> None:
+    async with plugged() as net:
+        assert not await net.rig.driver.read_features() & features.NET_MTU
+
+
+async def test_a_mac_of_its_own_is_local_and_unicast() -> None:
+    async with plugged() as one, plugged() as other:
+        assert one.rig.device.mac[0] & 0b11 == 0b10
+        assert one.rig.device.mac != other.rig.device.mac
+
+
+async def test_without_a_cable_nothing_is_received() -> None:
+    async with plugged() as net:
+        driver, device = net.rig.driver, net.rig.device
+        device.set_link(False)
+        assert await driver.interrupted() == CONFIG_CHANGE
+        assert driver.read(STATUS, 2) == 0
+        net.offer_rx(4)
+        net.tap.wire.send(HEADER + b"later")
+        await settle()
+        assert net.rx.take_used() == []
+        device.set_link(True)
+        assert await net.received() == b"later"
+        assert driver.read(STATUS, 2) == 1
+        assert net.tap.carrier == [False, True]
+
+
+async def test_a_cable_pulled_before_the_driver_came_stays_out() -> None:
+    async with plugged() as net:
+        await net.rig.driver.write(mmio.STATUS, 0)
+        net.rig.device.set_link(False)
+        assert net.rig.device.statistics().interrupts == 0
+        await net.rig.driver.start()
+        net.offer_rx(1)
+        net.tap.wire.send(HEADER + b"later")
+        await settle()
+        assert net.rx.take_used() == []
+
+
+async def test_a_tap_that_is_taken_away_costs_the_carrier_and_not_the_vm(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with plugged() as net:
+        net.offer_rx(1)
+        await settle()
+        # What a TAP that somebody deleted does: reads fail. A listening socket's do too.
+        with socket.socket() as broken:
+            os.dup2(broken.fileno(), net.tap.fd)
+            net.rig.driver.kick(RX)
+            assert await net.rig.driver.interrupted() == CONFIG_CHANGE
+        assert not net.rig.device.link_up
+        assert net.rig.driver.read(STATUS, 2) == 0
+        assert net.rig.driver.read(mmio.STATUS) & DEVICE_NEEDS_RESET == 0
+        net.send(b"into the void")
+        await settle()
+        assert net.rig.device.statistics().counters["tx_dropped"] == 1
+    assert "avtest0" in caplog.text
+
+
+async def test_a_receive_buffer_too_small_for_a_header_is_a_fault() -> None:
+    async with plugged() as net:
+        net.offer_rx(1, size_bytes=8)
+        net.tap.wire.send(HEADER + b"x")
+        assert await net.rig.driver.interrupted() == CONFIG_CHANGE
+        assert net.rig.device.statistics().last_fault == "request"
+        await net.rig.driver.start()
+        net.offer_rx(4)
+        assert await net.received() == b"x"
+
+
+async def test_buffers_taken_before_a_reset_belong_to_the_driver_again() -> None:
+    async with plugged() as net:
+        net.offer_rx(8)
+        net.tap.wire.send(HEADER + b"first")
+        assert await net.received() == b"first"
+        await net.rig.driver.start()
+        net.tap.wire.send(HEADER + b"second")
+        await settle()
+        assert net.rx.take_used() == []
+        net.offer_rx(8)
+        assert await net.received() == b"second"
+
+
+async def test_one_queue_is_taken_away_and_the_other_goes_on() -> None:
+    async with plugged() as net:
+        net.offer_rx(8)
+        net.tap.wire.send(HEADER + b"first")
+        assert await net.received() == b"first"
+        driver = net.rig.driver
+        await driver.write(mmio.QUEUE_SEL, TX)
+        await driver.write(mmio.QUEUE_READY, 0)
+        net.tap.wire.send(HEADER + b"second")
+        assert await net.received() == b"second"
+        assert net.rig.device.statistics().faults == 0
+        queue = driver.queues[TX] = DriverQueue(net.rig.memory, 0x40000, 64)
+        await driver.set_up_queue(TX, queue)
+        net.send(b"from the guest")
+        assert await net.tap.sent() == b"from the guest"
+
+
+async def test_an_offload_the_host_refuses_is_the_machines_to_know(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(flags: int) -> None:
+        raise HostError("tap", op="TUNSETOFFLOAD", path="avtest0", errno=22)
+
+    async with plugged() as net:
+        monkeypatch.setattr(net.tap, "set_offload", refused)
+        await net.rig.driver.start()
+        assert net.rig.driver.read(mmio.STATUS) & DEVICE_NEEDS_RESET
+        assert [type(e) for e in net.rig.errors] == [HostError]
+        net.rig.errors.clear()
+
+
+async def test_nothing_is_watched_when_the_device_is_gone() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    async with plugged() as net:
+        net.offer_rx(2)
+        for at in range(40):
+            net.send(b"frame", at)
+        await settle()
+    assert set(os.listdir("/proc/self/fd")) == before
