@@ -114,7 +114,7 @@ class VirtioDevice(Hooks, ABC):
     def kick(self, index: int) -> bool:
         """Work on queue `index`, whose kick_fd is readable: drain it, do a bounded amount.
 
-        True when there is more to do. Raises GuestFault or, by checked(), HostError.
+        True when there is more to do. Raises GuestFault or HostError; failure() tells them apart.
         """
 
     async def set_status(self, value: int) -> None:
@@ -178,15 +178,13 @@ class VirtioDevice(Hooks, ABC):
         if notify and self.state.driver_ok:
             self.interrupt.raise_config()
 
-    def checked(self, result: int, op: str) -> int:
-        """A native call's result; raises GuestFault for -EPROTO, HostError for other errors."""
-        if result >= 0:
-            return result
+    def failure(self, result: int, op: str) -> GuestFault | HostError:
+        """What to raise for a native call's negative result: -EPROTO is the guest's doing."""
         if result == -errno.EPROTO:
             for queue in self.queues:
                 if (kind := queue.fault) != NO_FAULT:
-                    raise GuestFault(kind, f"Queue {queue.index}: {kind}")
-        raise HostError(self.device_type.name, op=op, errno=-result)
+                    return GuestFault(kind, f"Queue {queue.index}: {kind}")
+        return HostError(self.device_type.name, op=op, errno=-result)
 
     def statistics(self) -> DeviceStatistics:
         """Counters as of now."""

@@ -55,10 +55,10 @@ class Pump:
         self._writers.clear()
 
     def _run(self, fd: int) -> None:
-        if again := self._again.pop(fd, None):
+        if self._again and (again := self._again.pop(fd, None)):
             again.cancel()
         work = self._work.get(fd)
-        if work is None:
+        if work is None:  # stopped by what ran before it in the same turn
             return
         try:
             more = work()

@@ -82,8 +82,10 @@ class BlkDevice(VirtioDevice):
     def kick(self, index: int) -> bool:
         """Start the queue's requests."""
         queue = self.queues[index]
-        result = lib.av_blk_kick(self._native, index, queue.kick_fd)
-        return self.checked(result, self._op) > 0
+        result: int = lib.av_blk_kick(self._native, index, queue.kick_fd)
+        if result < 0:
+            raise self.failure(result, self._op)
+        return result > 0
 
     def on_activate(self, negotiated: int) -> None:
         """Without FLUSH the driver cannot ask for durability, so each write is (5.2.5.2)."""
@@ -128,8 +130,10 @@ class BlkDevice(VirtioDevice):
         return {name: int(getattr(stats, name)) for name in _COUNTERS}
 
     def _complete(self) -> bool:
-        result = lib.av_blk_complete(self._native)
-        return self.checked(result, self._op) > 0
+        result: int = lib.av_blk_complete(self._native)
+        if result < 0:
+            raise self.failure(result, self._op)
+        return result > 0
 
     async def _event(self) -> None:
         """Until the engine has finished something."""

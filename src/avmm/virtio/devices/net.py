@@ -157,7 +157,7 @@ class NetDevice(VirtioDevice):
 
     def _receive(self) -> bool:
         rx = self.queues[RX]
-        result = lib.av_net_rx(self._native, rx.kick_fd, _BUDGET_PACKETS)
+        result: int = lib.av_net_rx(self._native, rx.kick_fd, _BUDGET_PACKETS)
         if result < 0:
             self._receive_failed(result)
             return False
@@ -169,17 +169,18 @@ class NetDevice(VirtioDevice):
     def _receive_failed(self, result: int) -> None:
         """Somebody took the TAP away: the guest loses its carrier, not its life."""
         if result == -errno.EPROTO:
-            self.checked(result, "receive")
+            raise self.failure(result, "receive")
         log.error("%s: TAP %s: %s", self.context.id, self.tap.name, os.strerror(-result))
         self._set_link_up(False)
 
     def _transmit(self) -> bool:
         tx = self.queues[TX]
-        result = lib.av_net_tx(self._native, tx.kick_fd, _BUDGET_PACKETS)
-        state = self.checked(result, f"Writing to TAP {self.tap.name}")
-        if state & lib.AV_NET_TAP_FULL:
+        result: int = lib.av_net_tx(self._native, tx.kick_fd, _BUDGET_PACKETS)
+        if result < 0:
+            raise self.failure(result, "send")
+        if result & lib.AV_NET_TAP_FULL:
             self.pump.when_writable(self.tap.fd, tx.notify)
-        return bool(state & lib.AV_NET_MORE)
+        return bool(result & lib.AV_NET_MORE)
 
     def _config(self) -> bytes:
         status = _S_LINK_UP if self._link_up else 0

@@ -31,8 +31,10 @@ class RngDevice(VirtioDevice):
     def kick(self, index: int) -> bool:
         """Fill the driver's buffers."""
         queue = self.queues[index]
-        result = lib.av_rng_kick(queue.ring, queue.kick_fd, _BUDGET_BYTES)
-        return self.checked(result, "getrandom") > 0
+        result: int = lib.av_rng_kick(queue.ring, queue.kick_fd, _BUDGET_BYTES)
+        if result < 0:
+            raise self.failure(result, "getrandom")
+        return result > 0
 
 
 async def build(config: Rng, context: DeviceContext) -> RngDevice:
