@@ -6,7 +6,7 @@ import bz2
 import lzma
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from avmm.errors import ConfigError
@@ -20,6 +20,8 @@ _PROTOCOL_MIN = 0x020C
 _XLF_KERNEL_64 = 1 << 0
 _UNPACKED_MAX_BYTES = 1024 * MIB
 _LZ4_LEGACY_BLOCK_BYTES = 8 * MIB
+_CHUNK_BYTES = 4 * MIB
+_ZSTD_INPUT_BYTES = 1 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,49 +86,74 @@ def parse(image: memoryview, name: str) -> SetupHeader:
     )
 
 
-def unpack(payload: memoryview) -> bytes | None:
-    """The ELF kernel in a bzImage's payload; None when Python cannot read its compression.
+def unpack(payload: memoryview) -> Iterator[bytes] | None:
+    """The ELF kernel in a bzImage's payload, a piece at a time, so that at no time two copies of
+    it are in memory; None when Python cannot read its compression.
 
-    A payload that is damaged is None too: the guest's own unpacker then has the last word.
+    The iterator raises ValueError for a payload that is damaged.
     """
     for magic, unpacker in _UNPACKERS:
         if bytes(payload[: len(magic)]) == magic:
-            try:
-                return unpacker(payload)
-            except (ValueError, EOFError, OSError, RuntimeError, zlib.error, lzma.LZMAError):
-                return None
+            return _checked(unpacker(payload))
     return None
 
 
-def _gzip(payload: memoryview) -> bytes:
-    # A decompressor object, since the payload's length field counts what follows the stream.
-    return zlib.decompressobj(wbits=31).decompress(payload, _UNPACKED_MAX_BYTES)
+def _checked(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    total = 0
+    try:
+        for chunk in chunks:
+            total += len(chunk)
+            if total > _UNPACKED_MAX_BYTES:
+                raise ValueError(f"more than {_UNPACKED_MAX_BYTES >> 20} MiB")
+            yield chunk
+    except (EOFError, OSError, RuntimeError, zlib.error, lzma.LZMAError) as e:
+        raise ValueError(str(e)) from e
 
 
-def _xz(payload: memoryview) -> bytes:
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(payload, _UNPACKED_MAX_BYTES)
+def _gzip(payload: memoryview) -> Iterator[bytes]:
+    # An object, since the payload's length field counts what follows the stream as well.
+    unpacker = zlib.decompressobj(wbits=31)
+    data: bytes | memoryview = payload
+    while not unpacker.eof and len(data):
+        yield unpacker.decompress(data, _CHUNK_BYTES)
+        data = unpacker.unconsumed_tail
 
 
-def _lzma(payload: memoryview) -> bytes:
-    return lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(payload, _UNPACKED_MAX_BYTES)
+def _pieces(unpacker: lzma.LZMADecompressor | bz2.BZ2Decompressor, data: memoryview) -> Iterator[bytes]:
+    yield unpacker.decompress(data, _CHUNK_BYTES)
+    while not unpacker.eof and not unpacker.needs_input:
+        yield unpacker.decompress(b"", _CHUNK_BYTES)
 
 
-def _bzip2(payload: memoryview) -> bytes:
-    return bz2.BZ2Decompressor().decompress(payload, _UNPACKED_MAX_BYTES)
+def _xz(payload: memoryview) -> Iterator[bytes]:
+    return _pieces(lzma.LZMADecompressor(lzma.FORMAT_XZ), payload)
 
 
-def _zstd(payload: memoryview) -> bytes:
+def _lzma(payload: memoryview) -> Iterator[bytes]:
+    return _pieces(lzma.LZMADecompressor(lzma.FORMAT_ALONE), payload)
+
+
+def _bzip2(payload: memoryview) -> Iterator[bytes]:
+    return _pieces(bz2.BZ2Decompressor(), payload)
+
+
+def _zstd(payload: memoryview) -> Iterator[bytes]:
     import zstandard
 
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-    return bytes(decompressor.decompress(payload))
+    unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+    try:
+        for at in range(0, len(payload), _ZSTD_INPUT_BYTES):
+            yield unpacker.decompress(payload[at : at + _ZSTD_INPUT_BYTES])
+            if unpacker.eof:
+                return
+    except zstandard.ZstdError as e:
+        raise ValueError(str(e)) from e
 
 
-def _lz4_legacy(payload: memoryview) -> bytes:
+def _lz4_legacy(payload: memoryview) -> Iterator[bytes]:
     """The "legacy" frame that kernels use: blocks of at most 8 MiB, each behind its length."""
     import lz4.block
 
-    blocks: list[bytes] = []
     at, end = 4, len(payload) - 4  # the last word is the unpacked size, put there by the build
     while at + 4 <= end:
         size = int.from_bytes(payload[at : at + 4], "little")
@@ -134,12 +161,14 @@ def _lz4_legacy(payload: memoryview) -> bytes:
         if not 0 < size <= end - at:
             raise ValueError("lz4 block length")
         block = payload[at : at + size]
-        blocks.append(lz4.block.decompress(block, uncompressed_size=_LZ4_LEGACY_BLOCK_BYTES))
+        try:
+            yield lz4.block.decompress(block, uncompressed_size=_LZ4_LEGACY_BLOCK_BYTES)
+        except lz4.block.LZ4BlockError as e:
+            raise ValueError(str(e)) from e
         at += size
-    return b"".join(blocks)
 
 
-_UNPACKERS: tuple[tuple[bytes, Callable[[memoryview], bytes]], ...] = (
+_UNPACKERS: tuple[tuple[bytes, Callable[[memoryview], Iterator[bytes]]], ...] = (
     (b"\x1f\x8b", _gzip),
     (b"\xfd7zXZ\0", _xz),
     (b"BZh", _bzip2),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from avmm.errors import ConfigError
@@ -20,6 +20,7 @@ _PT_LOAD = 1
 _PT_NOTE = 4
 _XEN_ELFNOTE_PHYS32_ENTRY = 18
 _NOTES_MAX_BYTES = 1 << 20
+_ZEROES = memoryview(bytes(64 << 10))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,12 @@ class LoadSegment:
 
 
 @dataclass(frozen=True, slots=True)
-class ElfKernel:
-    """What loading needs to know of a kernel. pvh_entry: None without a PVH note."""
+class ElfHeader:
+    """What the front of the file says. notes: (offset, bytes) of each PT_NOTE segment."""
 
     segments: tuple[LoadSegment, ...]
+    notes: tuple[tuple[int, int], ...]
     entry: Gpa
-    pvh_entry: Gpa | None
 
     @property
     def start(self) -> int:
@@ -52,58 +53,78 @@ class ElfKernel:
         return max(s.gpa + s.size_bytes for s in self.segments)
 
 
-def parse(image: memoryview, name: str) -> ElfKernel:
-    """Check an ELF64 x86-64 executable. name: for the ConfigError("kernel") of a bad one."""
-    if len(image) < _HEADER.size:
+def parse(front: memoryview, name: str) -> ElfHeader:
+    """Check an ELF64 x86-64 executable by its first bytes, the program headers included.
+
+    name: for the ConfigError("kernel") of a bad one.
+    """
+    if len(front) < _HEADER.size:
         raise ConfigError("kernel", f"Kernel {name}: the ELF header is cut off")
-    header = _HEADER.unpack_from(image)
+    header = _HEADER.unpack_from(front)
     ident, machine, entry, table, entry_bytes, count = (
         *(header[0], header[2], header[4], header[5], header[9], header[10]),
     )
     if ident[4] != 2 or ident[5] != 1 or machine != _MACHINE_X86_64:
         what = _MACHINES.get(machine, f"ELF machine {machine}")
         raise ConfigError("kernel", f"Kernel {name} is for {what}; an x86-64 ELF is needed")
-    if entry_bytes != _SEGMENT.size or table + count * _SEGMENT.size > len(image):
+    if entry_bytes != _SEGMENT.size or table + count * _SEGMENT.size > len(front):
         raise ConfigError("kernel", f"Kernel {name}: the program header table is cut off")
     loads: list[LoadSegment] = []
-    pvh_entry = None
+    notes: list[tuple[int, int]] = []
     for index in range(count):
-        fields = _SEGMENT.unpack_from(image, table + index * _SEGMENT.size)
-        kind, offset, paddr, file_bytes, size_bytes = (
-            *(fields[0], fields[2], fields[4], fields[5], fields[6]),
+        kind, _, offset, vaddr, paddr, file_bytes, size_bytes, _ = _SEGMENT.unpack_from(
+            front, table + index * _SEGMENT.size
         )
-        if kind not in (_PT_LOAD, _PT_NOTE):
+        if kind == _PT_NOTE:
+            notes.append((offset, min(file_bytes, _NOTES_MAX_BYTES)))
+        if kind != _PT_LOAD or not size_bytes:
             continue
-        if offset + file_bytes > len(image) or file_bytes > size_bytes:
-            raise ConfigError("kernel", f"Kernel {name}: segment {index} is cut off or damaged")
-        if kind == _PT_LOAD and size_bytes:
-            loads.append(LoadSegment(offset, Gpa(paddr), file_bytes, size_bytes))
-        elif kind == _PT_NOTE:
-            pvh_entry = _pvh_entry(image[offset : offset + file_bytes]) or pvh_entry
+        if file_bytes > size_bytes:
+            raise ConfigError("kernel", f"Kernel {name}: segment {index} is damaged")
+        loads.append(LoadSegment(offset, Gpa(paddr), file_bytes, size_bytes))
+        if vaddr <= entry < vaddr + size_bytes and vaddr != paddr:
+            entry += paddr - vaddr  # e_entry is virtual in kernels before Linux 2.6.22
     if not loads:
         raise ConfigError("kernel", f"Kernel {name}: no segment is to be loaded; is it an object?")
-    return ElfKernel(tuple(loads), Gpa(_physical(entry, loads, image, table, count)), pvh_entry)
+    return ElfHeader(tuple(loads), tuple(notes), Gpa(entry))
 
 
-def load(memory: GuestMemory, image: memoryview, kernel: ElfKernel) -> None:
-    """Copy the segments; guest memory is fresh, so what the file does not cover is zero."""
-    for s in kernel.segments:
-        memory.write(s.gpa, image[s.offset : s.offset + s.file_bytes])
+def load(
+    memory: GuestMemory, header: ElfHeader, chunks: Iterable[bytes | memoryview], name: str
+) -> Gpa | None:
+    """Copy the file, which comes in `chunks`, to where its segments belong; the PVH entry, or
+    None without such a note.
+
+    Guest memory is fresh: stretches of zeroes are skipped, and their pages never touched.
+    Raises ConfigError("kernel") when the file ends too early.
+    """
+    notes = [bytearray(size) for _, size in header.notes]
+    at = 0
+    for chunk in chunks:
+        view = memoryview(chunk)
+        for s in header.segments:
+            _copy_part(memory, s, at, view)
+        for buffer, (offset, size) in zip(notes, header.notes, strict=True):
+            first, last = max(offset, at), min(offset + size, at + len(view))
+            if first < last:
+                buffer[first - offset : last - offset] = view[first - at : last - at]
+        at += len(view)
+    if at < max(s.offset + s.file_bytes for s in header.segments):
+        raise ConfigError("kernel", f"Kernel {name}: the file ends after {at} bytes, too early")
+    for buffer in notes:
+        if (entry := _pvh_entry(memoryview(buffer))) is not None:
+            return entry
+    return None
 
 
-def _physical(
-    entry: int, loads: list[LoadSegment], image: memoryview, table: int, count: int
-) -> int:
-    """The entry's physical address: e_entry may be virtual (vmlinux since Linux 2.6.22 is not)."""
-    if any(s.gpa <= entry < s.gpa + s.size_bytes for s in loads):
-        return entry
-    for index in range(count):
-        kind, _, _, vaddr, paddr, _, size_bytes, _ = _SEGMENT.unpack_from(
-            image, table + index * _SEGMENT.size
-        )
-        if kind == _PT_LOAD and vaddr <= entry < vaddr + size_bytes:
-            return int(entry - vaddr + paddr)
-    return entry
+def _copy_part(memory: GuestMemory, segment: LoadSegment, at: int, view: memoryview) -> None:
+    """The part of `segment` that lies in `view`, which is the file from `at` on."""
+    first = max(segment.offset, at)
+    last = min(segment.offset + segment.file_bytes, at + len(view))
+    for piece in range(first, last, len(_ZEROES)):
+        data = view[piece - at : min(piece + len(_ZEROES), last) - at]
+        if data != _ZEROES[: len(data)]:
+            memory.write(segment.gpa + piece - segment.offset, data)
 
 
 def _pvh_entry(notes: memoryview) -> Gpa | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -43,10 +44,15 @@ class BootSource:
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """A kernel ready to be placed. elf: the ELF in `data`; setup: the bzImage's header, if any."""
+    """A kernel ready to be placed.
 
-    data: memoryview
-    elf: elf.ElfKernel | None
+    chunks: an ELF file, whose header is `elf`, or a bzImage's protected-mode part (elf is None),
+    of `size_bytes`. setup: the bzImage's header, if it is one.
+    """
+
+    chunks: Iterable[bytes | memoryview]
+    size_bytes: int
+    elf: elf.ElfHeader | None
     setup: bzimage.SetupHeader | None
 
     @property
@@ -55,7 +61,7 @@ class _Image:
         if self.elf is not None:
             return self.elf.end
         assert self.setup is not None
-        return _bzimage_address(self.setup) + max(self.setup.init_size, len(self.data))
+        return _bzimage_address(self.setup) + max(self.setup.init_size, self.size_bytes)
 
 
 def load(memory: GuestMemory, source: BootSource) -> EntryRegs:
@@ -72,14 +78,14 @@ def load(memory: GuestMemory, source: BootSource) -> EntryRegs:
         line = cmdline.encode(source.cmdline, min(limit, layout.CMDLINE_MAX_BYTES - 1))
         with _mapped(source.initrd, "initrd") as initrd:
             _check_room(memory, source, image, len(initrd))
-            _place_kernel(memory, image)
+            pvh_entry = _place_kernel(memory, source, image)
             initrd_at = _place_initrd(memory, source, image, initrd)
             initrd_bytes = len(initrd)
         memory.write(layout.CMDLINE, line)
         tables, rsdp = build_tables(source.cpus, source.devices)
         memory.write(layout.ACPI_TABLES, tables)
         place = Placement(layout.CMDLINE, len(line), initrd_at, initrd_bytes, rsdp)
-        return _enter(memory, source, image, place)
+        return _enter(memory, source, image, pvh_entry, place)
 
 
 @contextmanager
@@ -103,27 +109,29 @@ def _open_image(file: memoryview, source: BootSource) -> _Image:
     if bytes(file[:4]) == elf.MAGIC:
         if wanted == "bzimage":
             raise ConfigError("kernel", f"Kernel {name} is an ELF file, not a bzImage")
-        return _Image(file, _chosen(elf.parse(file, name), source), None)
+        return _Image([file], len(file), elf.parse(file, name), None)
     if not bzimage.is_bzimage(file):
         raise ConfigError("kernel", f"Kernel {name} is {_describe(file)}; give a bzImage or vmlinux")
     setup = bzimage.parse(file, name)
     payload = file[setup.payload_at : setup.payload_at + setup.payload_bytes]
-    unpacked = None if wanted == "bzimage" else bzimage.unpack(payload)
-    if unpacked is not None:
-        return _Image(
-            memoryview(unpacked), _chosen(elf.parse(memoryview(unpacked), name), source), setup
-        )
+    chunks = None if wanted == "bzimage" else bzimage.unpack(payload)
+    if chunks is not None:
+        try:
+            first = next(chunks, b"")
+        except ValueError as e:
+            raise _damaged(name, e) from e
+        header = elf.parse(memoryview(first), name)
+        return _Image(itertools.chain([first], chunks), setup.payload_bytes, header, setup)
     if wanted in ("pvh", "elf64"):
         raise ConfigError("kernel", f"Kernel {name}: its payload cannot be unpacked on the host")
     if not setup.entry_64bit:
         raise ConfigError("kernel", f"Kernel {name} has no 64-bit entry point; is it 32-bit?")
-    return _Image(file[setup.kernel_at :], None, setup)
+    rest = file[setup.kernel_at :]
+    return _Image([rest], len(rest), None, setup)
 
 
-def _chosen(kernel: elf.ElfKernel, source: BootSource) -> elf.ElfKernel:
-    if source.kernel_format == "pvh" and kernel.pvh_entry is None:
-        raise ConfigError("kernel", f"Kernel {source.kernel} has no PVH entry (CONFIG_PVH)")
-    return kernel
+def _damaged(name: str, e: ValueError) -> ConfigError:
+    return ConfigError("kernel", f"Kernel {name}: its compressed payload is damaged: {e}")
 
 
 def _describe(file: memoryview) -> str:
@@ -169,16 +177,23 @@ def _check_room(
     )
 
 
-def _place_kernel(memory: GuestMemory, image: _Image) -> None:
-    if image.elf is not None:
-        if image.elf.start < layout.HIGH_RAM:
-            raise ConfigError(
-                "kernel", f"The kernel is linked at {image.elf.start:#x}, below 1 MiB"
-            )
-        elf.load(memory, image.data, image.elf)
-    else:
+def _place_kernel(memory: GuestMemory, source: BootSource, image: _Image) -> Gpa | None:
+    """Copy the kernel to its place; its PVH entry, if it has one."""
+    if image.elf is None:
         assert image.setup is not None
-        memory.write(_bzimage_address(image.setup), image.data)
+        for chunk in image.chunks:
+            memory.write(_bzimage_address(image.setup), chunk)
+        return None
+    if image.elf.start < layout.HIGH_RAM:
+        raise ConfigError(
+            "kernel",
+            f"Kernel {source.kernel} is linked at {image.elf.start:#x}, below 1 MiB, where the "
+            "machine's own tables are",
+        )
+    try:
+        return elf.load(memory, image.elf, image.chunks, source.kernel)
+    except ValueError as e:
+        raise _damaged(source.kernel, e) from e
 
 
 def _place_initrd(
@@ -194,15 +209,20 @@ def _place_initrd(
 
 
 def _enter(
-    memory: GuestMemory, source: BootSource, image: _Image, place: Placement
+    memory: GuestMemory,
+    source: BootSource,
+    image: _Image,
+    pvh_entry: Gpa | None,
+    place: Placement,
 ) -> EntryRegs:
-    kernel = image.elf
-    if kernel is not None and kernel.pvh_entry is not None and source.kernel_format != "elf64":
+    if source.kernel_format == "pvh" and pvh_entry is None:
+        raise ConfigError("kernel", f"Kernel {source.kernel} has no PVH entry (CONFIG_PVH)")
+    if pvh_entry is not None and source.kernel_format != "elf64":
         pvh.write(memory, place)
-        return entry.protected32(memory, kernel.pvh_entry, {"rbx": layout.PVH_START_INFO})
+        return entry.protected32(memory, pvh_entry, {"rbx": layout.PVH_START_INFO})
     zeropage.write(memory, image.setup.raw if image.setup else None, place)
-    if kernel is not None:
-        rip = kernel.entry
+    if image.elf is not None:
+        rip = image.elf.entry
     else:
         assert image.setup is not None
         rip = Gpa(_bzimage_address(image.setup) + 0x200)
