@@ -78,7 +78,7 @@ class MmioDriver:
     async def start(self, features: int | None = None, *, size: int = 64) -> None:
         """From reset to DRIVER_OK, with all the device's queues.
 
-        features: to accept; all that are offered when None.
+        features: to accept; all that are offered when None. size: of a queue, if it may be.
         """
         accepted = await self.read_features() if features is None else features
         assert await self.negotiate(accepted)
@@ -87,9 +87,11 @@ class MmioDriver:
         while True:
             index = len(self.queues)
             await self.write(mmio.QUEUE_SEL, index)
-            if self.read(mmio.QUEUE_SIZE_MAX) == 0:
+            size_max = self.read(mmio.QUEUE_SIZE_MAX)
+            if size_max == 0:
                 break
-            queue = DriverQueue(self.memory, gpa, size, event_idx=bool(accepted >> 29 & 1))
+            entries = min(size, size_max)
+            queue = DriverQueue(self.memory, gpa, entries, event_idx=bool(accepted >> 29 & 1))
             await self.set_up_queue(index, queue)
             self.queues.append(queue)
             gpa = (queue.end_gpa + 0xFFF) & ~0xFFF

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -14,9 +15,8 @@ from avmm.errors import ConfigError, HostError
 from avmm.units import SECTOR_BYTES
 
 _BLKGETSIZE64 = 0x80081272
-_BLKSSZGET = 0x1268
-_FILE_DIRECT_ALIGNMENT_BYTES = 4096
-"""What every file system that has direct I/O is content with."""
+_DIRECT_ALIGNMENT_MAX_BYTES = 4096
+"""What every file system and disk that has direct I/O is content with."""
 
 _FLOCK = struct.Struct("hhqqi4x")
 _F_OFD_SETLK = 37
@@ -87,11 +87,18 @@ class RawDisk:
             self.fd = -1
 
     def _alignment(self) -> int:
-        if not self.is_device:
-            return _FILE_DIRECT_ALIGNMENT_BYTES
-        size = array.array("i", [0])
-        fcntl.ioctl(self.fd, _BLKSSZGET, size, True)
-        return size[0]
+        """Found by trying, since most kernels do not say. It becomes the guest's block size, so
+        it matters: a partition table made for blocks of 512 bytes means nothing to others."""
+        with mmap.mmap(-1, 2 * _DIRECT_ALIGNMENT_MAX_BYTES) as buffer, memoryview(buffer) as view:
+            size_bytes = SECTOR_BYTES
+            while size_bytes < _DIRECT_ALIGNMENT_MAX_BYTES:
+                try:
+                    os.preadv(self.fd, [view[size_bytes : 2 * size_bytes]], 0)
+                except OSError:  # EINVAL; and a disk that cannot be read tells the guest so
+                    size_bytes *= 2
+                else:
+                    break
+        return size_bytes
 
 
 def _lock(fd: int, path: str, read_only: bool) -> None:
