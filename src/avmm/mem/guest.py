@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from typing import Self
 
 from avmm.errors import GuestFault
 from avmm.mem.layout import ram_ranges
-from avmm.mem.region import Region, memory_error, open_memfd
+from avmm.mem.region import Region, memory_error
 from avmm.native import CData, ffi
 from avmm.units import Gpa
 
@@ -16,8 +14,7 @@ from avmm.units import Gpa
 class GuestMemory:
     """All RAM of one guest. Any thread may read and write; the guest does so at the same time."""
 
-    def __init__(self, memfd: int, regions: tuple[Region, ...]) -> None:
-        self.memfd = memfd
+    def __init__(self, regions: tuple[Region, ...]) -> None:
         self.regions = regions
         self.size_bytes = sum(region.size_bytes for region in regions)
         self.native: CData = ffi.new("struct av_gmem *")
@@ -33,19 +30,15 @@ class GuestMemory:
 
         size_bytes: a multiple of the page size in use. Raises HostError("memory").
         """
-        memfd = open_memfd(size_bytes, hugepages)
         regions: list[Region] = []
-        offset = 0
         try:
             for gpa, size in ram_ranges(size_bytes):
-                regions.append(Region(memfd, gpa, size, offset))
-                offset += size
+                regions.append(Region(gpa, size, hugepages=hugepages))
         except OSError as e:
             for region in regions:
                 region.close()
-            os.close(memfd)
             raise memory_error(size_bytes, hugepages, e.errno) from e
-        return cls(memfd, tuple(regions))
+        return cls(tuple(regions))
 
     @property
     def ranges(self) -> tuple[tuple[Gpa, int], ...]:
@@ -72,11 +65,6 @@ class GuestMemory:
         self.view(gpa, len(data))[:] = data
 
     def close(self) -> None:
-        """Unmap and close; native users must be gone. Idempotent."""
-        if self.memfd < 0:
-            return
+        """Unmap; native users must be gone. Idempotent."""
         for region in self.regions:
             region.close()
-        with contextlib.suppress(OSError):
-            os.close(self.memfd)
-        self.memfd = -1

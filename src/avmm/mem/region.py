@@ -1,4 +1,4 @@
-"""Host memory behind guest RAM: one memfd, mapped once per RAM range."""
+"""Host memory behind guest RAM."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ import os
 
 from avmm.errors import HostError
 from avmm.native import CData, ffi
-from avmm.units import MIB, Gpa, format_size
+from avmm.units import MIB, Gpa, align_up, format_size
 
 HUGE_PAGE_BYTES = 2 * MIB
 
+_MAP_NORESERVE = 0x4000
+"""Python has no name for it: pages are promised when they are touched, not when they are mapped."""
+
 
 class Region:
-    """A mapped range of guest RAM. Owns the mapping, not the memfd."""
+    """A mapped range of guest RAM.
 
-    def __init__(self, memfd: int, gpa: Gpa, size_bytes: int, offset_bytes: int) -> None:
+    Without reserved huge pages the memory is anonymous, asks for transparent huge pages and
+    begins on a 2 MiB boundary. A memfd could be shared with other processes, but on a stock host
+    shmem gets no huge pages: one page fault for each 4 KiB, on our side and in KVM's tables, made
+    a Debian guest reach user space a quarter later.
+    """
+
+    def __init__(self, gpa: Gpa, size_bytes: int, *, hugepages: bool) -> None:
         self.gpa = gpa
         self.size_bytes = size_bytes
-        self.offset_bytes = offset_bytes
-        self.map = mmap.mmap(
-            memfd,
-            size_bytes,
-            flags=mmap.MAP_SHARED,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            offset=offset_bytes,
-        )
-        self._buffer = ffi.from_buffer("uint8_t[]", self.map)
-        self.view = memoryview(self.map)
+        if hugepages:
+            self.map = _map_reserved(size_bytes)
+        else:
+            self.map = _map_anonymous(size_bytes)
+        hva = int(ffi.cast("uintptr_t", ffi.from_buffer(self.map)))
+        start = align_up(hva, HUGE_PAGE_BYTES) - hva
+        self.view = memoryview(self.map)[start : start + size_bytes]
+        self._buffer = ffi.from_buffer("uint8_t[]", self.view)
 
     @property
     def native(self) -> CData:
@@ -42,25 +49,31 @@ class Region:
 
     def close(self) -> None:
         """Unmap. Nothing native may use the memory any more; idempotent."""
-        self.view.release()
         ffi.release(self._buffer)
+        self.view.release()
         # A view that a caller still holds keeps the pages mapped until it is dropped.
         with contextlib.suppress(BufferError):
             self.map.close()
 
 
-def open_memfd(size_bytes: int, hugepages: bool) -> int:
-    """A sealed-size memfd; HostError("memory") when the host refuses."""
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    if hugepages:
-        flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
-    fd = os.memfd_create("avmm-guest", flags)
+def _map_anonymous(size_bytes: int) -> mmap.mmap:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    # Guest and host addresses have to agree modulo 2 MiB, or KVM cannot use a huge page.
+    mapping = mmap.mmap(-1, size_bytes + HUGE_PAGE_BYTES, flags=flags)
+    # Refused where the kernel was built without transparent huge pages; small ones do then.
+    with contextlib.suppress(OSError):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
+
+
+def _map_reserved(size_bytes: int) -> mmap.mmap:
+    """Of the pages reserved by vm.nr_hugepages, all of them now."""
+    memfd = os.memfd_create("avmm-guest", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
     try:
-        os.ftruncate(fd, size_bytes)
-    except OSError as e:
-        os.close(fd)
-        raise memory_error(size_bytes, hugepages, e.errno) from e
-    return fd
+        os.ftruncate(memfd, size_bytes)
+        return mmap.mmap(memfd, size_bytes, flags=mmap.MAP_SHARED)
+    finally:
+        os.close(memfd)  # the mapping keeps the memory
 
 
 def memory_error(size_bytes: int, hugepages: bool, errno: int | None) -> HostError:
