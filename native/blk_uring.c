@@ -3,12 +3,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <liburing.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "blk_engine.h"
+
+#define SUBMIT_TRIES 1000
 
 struct uring_engine {
     struct av_blk_engine base;
@@ -57,14 +60,18 @@ static void uring_queue(struct av_blk_engine *engine, struct av_blk_op *op)
 static int uring_submit(struct av_blk_engine *engine)
 {
     struct io_uring *ring = &of(engine)->ring;
-    int result;
+    int result, patience = SUBMIT_TRIES;
 
     /* What completes within the call (a read from the page cache does) is reaped right after it:
      * no wake-up for that. */
     io_uring_cq_eventfd_toggle(ring, false);
+    /* EAGAIN and EBUSY: the kernel is short of memory for a moment; what was not taken stays. */
     do {
         result = io_uring_submit(ring);
-    } while (result == -EINTR || (result > 0 && io_uring_sq_ready(ring) != 0));
+        if ((result == -EAGAIN || result == -EBUSY) && --patience != 0)
+            sched_yield();
+    } while (patience != 0 && (result == -EINTR || result == -EAGAIN || result == -EBUSY ||
+                               (result > 0 && io_uring_sq_ready(ring) != 0)));
     return result < 0 ? result : 0;
 }
 
@@ -96,6 +103,9 @@ static void uring_reap(struct av_blk_engine *engine, av_blk_done *done, void *co
 
 static void uring_destroy(struct av_blk_engine *engine)
 {
+    /* The kernel frees a ring some time after its exit, and the file with it: an unmount right
+     * after the VM would find it busy. */
+    io_uring_unregister_files(&of(engine)->ring);
     io_uring_queue_exit(&of(engine)->ring);
     close(engine->event_fd);
     free(engine);

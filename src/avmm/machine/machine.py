@@ -127,15 +127,20 @@ class MicroVM:
         return await self.wait()
 
     async def pause(self) -> None:
-        """Return when no vCPU executes guest instructions; devices finish what they have."""
+        """Return when no vCPU executes guest instructions and no device has work in flight."""
         parts = self._running_parts("pause")
         await parts.gate.pause()
+        for device in parts.devices.values():
+            await device.quiesce()
         if self._state is State.RUNNING:
             self._state = State.PAUSED
 
     async def resume(self) -> None:
         """Let a paused guest go on."""
-        self._running_parts("resume").gate.resume()
+        parts = self._running_parts("resume")
+        for device in parts.devices.values():
+            await device.resume()
+        parts.gate.resume()
         if self._state is State.PAUSED:
             self._state = State.RUNNING
 
