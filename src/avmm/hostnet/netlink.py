@@ -42,6 +42,10 @@ class Netlink:
         with _explained(f"Bringing up {name}"):
             self._ipr.link("set", index=index, state="up", **settings)
 
+    def mtu(self, index: int) -> int:
+        """The interface's MTU in bytes."""
+        return int(self._ipr.link("get", index=index)[0].get_attr("IFLA_MTU"))
+
     def delete(self, index: int, name: str) -> None:
         """Remove an interface."""
         with _explained(f"Removing {name}"):

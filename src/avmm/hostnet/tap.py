@@ -48,15 +48,18 @@ class TapSettings:
 
 
 class HostTap:
-    """An attached TAP. Owns its descriptor, non-blocking.
+    """An attached TAP. Owns its descriptor, non-blocking. mtu: as it was when attached.
 
     created: made by us. Such a TAP is not persistent, so it goes with the descriptor whatever
     ends the process. One that was there before stays, without the address we added.
     """
 
-    def __init__(self, settings: TapSettings, fd: int, created: bool, added: bool) -> None:
+    def __init__(
+        self, settings: TapSettings, fd: int, *, created: bool, added: bool, mtu: int
+    ) -> None:
         self.name = settings.name
         self.fd = fd
+        self.mtu = mtu
         self.created = created
         self._settings = settings
         self._added_address = added
@@ -121,7 +124,7 @@ def _open(netlink: Netlink, settings: TapSettings) -> HostTap:
             # From here on the kernel removes it with the descriptor, even after SIGKILL.
             fcntl.ioctl(fd, _TUNSETPERSIST, 0)
         fcntl.ioctl(fd, _TUNSETVNETHDRSZ, VNET_HEADER_BYTES.to_bytes(4, "little"))
-        added = _configure(netlink, settings)
+        added, mtu = _configure(netlink, settings)
     except BaseException as e:
         os.close(fd)
         index = netlink.index(name) if created else None
@@ -130,7 +133,7 @@ def _open(netlink: Netlink, settings: TapSettings) -> HostTap:
         if isinstance(e, OSError):
             raise HostError("tap", op="ioctl", path=name, errno=e.errno) from e
         raise
-    return HostTap(settings, fd, created, added)
+    return HostTap(settings, fd, created=created, added=added, mtu=mtu)
 
 
 def _open_tun() -> int:
@@ -154,8 +157,8 @@ def _attach(fd: int, name: str) -> None:
         raise HostError("tap", op="TUNSETIFF", path=name, errno=e.errno, remedy=remedy) from e
 
 
-def _configure(netlink: Netlink, settings: TapSettings) -> bool:
-    """MTU, up, address; whether the address is ours to remove."""
+def _configure(netlink: Netlink, settings: TapSettings) -> tuple[bool, int]:
+    """MTU, up, address; whether the address is ours to remove, and the MTU in force."""
     index = netlink.index(settings.name)
     if index is None:
         raise HostError(
@@ -166,4 +169,4 @@ def _configure(netlink: Netlink, settings: TapSettings) -> bool:
         host = parse_host(settings.host, settings.name)
         added = netlink.add_address(index, settings.name, str(host.ip), host.network.prefixlen)
     netlink.set_up(index, settings.name, settings.mtu)
-    return added
+    return added, netlink.mtu(index)

@@ -43,7 +43,8 @@ class FakeTap(HostTap):
         for end in (ours, self.wire):
             end.setblocking(False)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as small as it gets
-        super().__init__(TapSettings("avtest0"), ours.detach(), created=True, added=False)
+        settings = TapSettings("avtest0")
+        super().__init__(settings, ours.detach(), created=True, added=False, mtu=1500)
         self.offloads: list[int] = []
         self.carrier: list[bool] = []
 

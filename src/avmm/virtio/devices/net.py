@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 RX, TX = 0, 1
 QUEUE_SIZE = 256
 _BUDGET_PACKETS = 128
-_MTU_DEFAULT = 1500
 _ETHERNET_BYTES = 14 + 4
 _LARGE_FRAME_BYTES = 65536 + _ETHERNET_BYTES
 _S_LINK_UP = 1
@@ -110,7 +109,7 @@ class NetDevice(VirtioDevice):
         flags = sum(flag for bit, flag in _TUN_OFFLOADS.items() if negotiated & bit)
         self.tap.set_offload(flags)
         large = negotiated & (features.NET_GUEST_TSO4 | features.NET_GUEST_TSO6)
-        frame_max = _LARGE_FRAME_BYTES if large else (self._mtu or _MTU_DEFAULT) + _ETHERNET_BYTES
+        frame_max = _LARGE_FRAME_BYTES if large else self.tap.mtu + _ETHERNET_BYTES
         mergeable = bool(negotiated & features.NET_MRG_RXBUF)
         lib.av_net_start(self._native, mergeable, frame_max)
 
