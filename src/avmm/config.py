@@ -81,9 +81,7 @@ def read_file(path: str) -> dict[str, Any]:
                 return values
             raise ConfigError("config-file", f"Config file {path}: it must be a JSON object")
     except OSError as e:
-        raise ConfigError(
-            "config-file", f"Config file {path}: {os.strerror(e.errno or 0)}"
-        ) from e
+        raise ConfigError("config-file", f"Config file {path}: {os.strerror(e.errno or 0)}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.DecodeError) as e:
         raise ConfigError("config-file", f"Config file {path}: {e}") from e
     raise ConfigError("config-file", f"Config file {path}: its name must end in .toml or .json")

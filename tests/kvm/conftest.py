@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+LINK = (
+    *("-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0x100000", "-Wl,--build-id=none"),
+    *("-Wl,-N", "-Wl,-z,noexecstack"),
+)
+
 PROLOGUE = """
 .macro outb port, value
     mov $\\port, %dx
@@ -62,8 +67,7 @@ def tiny_guest(tmp_path: Path) -> Callable[[str], Path]:
         kernel = tmp_path / f"guest{count}.elf"
         source.write_text(PROLOGUE + body)
         subprocess.run(
-            ["gcc", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0x100000", "-Wl,--build-id=none"]
-            + ["-Wl,-N", "-Wl,-z,noexecstack", "-o", str(kernel), str(source)],
+            ["gcc", *LINK, "-o", str(kernel), str(source)],
             check=True,
         )
         return kernel

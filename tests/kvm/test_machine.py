@@ -38,7 +38,8 @@ async def test_the_keyboard_controllers_reset_reboots(tiny_guest: Assemble) -> N
 
 
 async def test_a_triple_fault_is_a_crash(tiny_guest: Assemble) -> None:
-    reason = await run(tiny_guest("lidt null(%rip)\nxor %ecx, %ecx\ndiv %ecx\nnull: .word 0\n.quad 0"))
+    guest = tiny_guest("lidt null(%rip)\nxor %ecx, %ecx\ndiv %ecx\nnull: .word 0\n.quad 0")
+    reason = await run(guest)
     assert reason == avmm.ExitReason(avmm.ExitKind.CRASH, "triple fault")
 
 
@@ -228,8 +229,11 @@ async def test_nothing_is_left_after_any_ending(
     before = held()
     kernel = tiny_guest("poweroff" if ending == "poweroff" else "1: jmp 1b")
 
+    started = asyncio.Event()
+
     async def live() -> None:
         async with avmm.MicroVM(config(kernel, disks=[avmm.Disk(str(disk))], rng=True)) as vm:
+            started.set()
             if ending == "kill":
                 await vm.kill()
             elif ending == "exception":
@@ -238,8 +242,7 @@ async def test_nothing_is_left_after_any_ending(
 
     task = asyncio.create_task(live())
     if ending == "cancel":
-        while "avmm-vcpu0" not in [t.name for t in threading.enumerate()]:
-            await asyncio.sleep(0)
+        await started.wait()
         task.cancel()
     await asyncio.wait([task])
     assert held() == before

@@ -51,7 +51,7 @@ def is_bzimage(image: memoryview) -> bool:
 
 def parse(image: memoryview, name: str) -> SetupHeader:
     """Read the setup header. name: for the ConfigError("kernel") of a bad file."""
-    if len(image) < 0x268 or bytes(image[_BOOT_FLAG_AT:HEADER_AT + 15]) != b"\x55\xaa":
+    if len(image) < 0x268 or bytes(image[_BOOT_FLAG_AT : HEADER_AT + 15]) != b"\x55\xaa":
         raise ConfigError("kernel", f"Kernel {name}: the bzImage header is cut off or damaged")
 
     def field(at: int, form: str) -> int:
@@ -119,7 +119,9 @@ def _gzip(payload: memoryview) -> Iterator[bytes]:
         data = unpacker.unconsumed_tail
 
 
-def _pieces(unpacker: lzma.LZMADecompressor | bz2.BZ2Decompressor, data: memoryview) -> Iterator[bytes]:
+def _pieces(
+    unpacker: lzma.LZMADecompressor | bz2.BZ2Decompressor, data: memoryview
+) -> Iterator[bytes]:
     yield unpacker.decompress(data, _CHUNK_BYTES)
     while not unpacker.eof and not unpacker.needs_input:
         yield unpacker.decompress(b"", _CHUNK_BYTES)

@@ -111,7 +111,9 @@ def _open_image(file: memoryview, source: BootSource) -> _Image:
             raise ConfigError("kernel", f"Kernel {name} is an ELF file, not a bzImage")
         return _Image([file], len(file), elf.parse(file, name), None)
     if not bzimage.is_bzimage(file):
-        raise ConfigError("kernel", f"Kernel {name} is {_describe(file)}; give a bzImage or vmlinux")
+        raise ConfigError(
+            "kernel", f"Kernel {name} is {_describe(file)}; give a bzImage or vmlinux"
+        )
     setup = bzimage.parse(file, name)
     payload = file[setup.payload_at : setup.payload_at + setup.payload_bytes]
     chunks = None if wanted == "bzimage" else bzimage.unpack(payload)
@@ -154,9 +156,7 @@ def _initrd_top(memory: GuestMemory, image: _Image) -> int:
     return min(low_end, limit)
 
 
-def _check_room(
-    memory: GuestMemory, source: BootSource, image: _Image, initrd_bytes: int
-) -> None:
+def _check_room(memory: GuestMemory, source: BootSource, image: _Image, initrd_bytes: int) -> None:
     # A kernel that takes all of it would only find out when it allocates its first page tables:
     # a quarter more than what is loaded is the least that has been seen to reach user space.
     loaded = align_up(image.end, PAGE_BYTES) + align_up(initrd_bytes, PAGE_BYTES)

@@ -93,7 +93,10 @@ def check_kvm(path: str = "/dev/kvm") -> list[Check]:
     found = Check("kvm", Verdict.OK, f"{path}, API version 12, up to {cpus} vCPUs")
     if missing:
         names = ", ".join(f"KVM_CAP_{name.upper()}" for name in missing)
-        return [found, Check("capabilities", Verdict.FAIL, f"missing: {names}", "use a newer kernel")]
+        return [
+            found,
+            Check("capabilities", Verdict.FAIL, f"missing: {names}", "use a newer kernel"),
+        ]
     return [found, Check("capabilities", Verdict.OK, "all that avmm needs")]
 
 

@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _LazyOptions(run, "avmm.cli.run")
-    doctor = commands.add_parser("doctor", help="say what this host can do, and what to do about it")
+    doctor = commands.add_parser(
+        "doctor", help="say what this host can do, and what to do about it"
+    )
     _LazyOptions(doctor, "avmm.cli.doctor")
     return parser
 

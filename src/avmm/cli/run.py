@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import msgspec
-
 from avmm.cli.main import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED
 from avmm.cli.terminal import ESCAPE_NAME, Input, Output, is_terminal, raw_mode
 from avmm.config import field_description, field_hint, parse_option, read_file
@@ -99,7 +97,7 @@ def make_config(options: argparse.Namespace) -> Config:
 
 def _add_device_option(parser: argparse.ArgumentParser, name: str) -> None:
     struct = DEVICE_STRUCTS[name]
-    device_type = struct.device_type  # type: ignore[attr-defined]
+    device_type = struct.device_type
     keys = [field_hint(struct, f, "option") or f for f in struct.__struct_fields__]
     several = name.endswith("s")
     parser.add_argument(
@@ -115,7 +113,7 @@ def _add_device_option(parser: argparse.ArgumentParser, name: str) -> None:
 
 def _device_values(name: str, given: Any) -> Any:
     struct = DEVICE_STRUCTS[name]
-    flag = struct.device_type.flag  # type: ignore[attr-defined]
+    flag = struct.device_type.flag
     if isinstance(given, list):
         return [parse_option(text, struct, flag) for text in given]
     return parse_option(given, struct, flag) if given else True

@@ -58,9 +58,7 @@ class Input:
     on_escape: called when the escape key is pressed; None passes every byte on.
     """
 
-    def __init__(
-        self, fd: int, console: Console, on_escape: Callable[[], None] | None
-    ) -> None:
+    def __init__(self, fd: int, console: Console, on_escape: Callable[[], None] | None) -> None:
         self._fd = fd
         self._console = console
         self._on_escape = on_escape
@@ -81,9 +79,9 @@ class Input:
 
 async def _read(loop: asyncio.AbstractEventLoop, fd: int) -> bytes:
     """One read; regular files, which no loop can watch, are read at once."""
-    ready = loop.create_future()
+    ready: asyncio.Future[None] = loop.create_future()
     try:
-        loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
+        loop.add_reader(fd, _set_once, ready)
     except OSError:
         return os.read(fd, _READ_BYTES)
     try:
@@ -104,3 +102,8 @@ def _wait_writable(fd: int) -> None:
 def is_terminal() -> bool:
     """Whether a user sits at both ends."""
     return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _set_once(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -31,7 +31,9 @@ def parse_mac(text: str, what: str) -> bytes:
         raise ConfigError("mac", f"{what}: {text!r} is not a MAC address like 52:54:00:12:34:56")
     mac = bytes.fromhex(text.replace(":", ""))
     if mac[0] & 1 or mac == bytes(6):
-        raise ConfigError("mac", f"{what}: {text} is not a unicast address; make its first byte even")
+        raise ConfigError(
+            "mac", f"{what}: {text} is not a unicast address; make its first byte even"
+        )
     return mac
 
 

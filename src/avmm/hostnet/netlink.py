@@ -148,5 +148,3 @@ def _explained(op: str) -> Iterator[None]:
         raise HostError("netlink", op=op, errno=e.code, remedy=remedy) from e
     except OSError as e:
         raise HostError("netlink", op=op, errno=e.errno or 0) from e
-
-

@@ -14,12 +14,12 @@ def ioctl(fd: int, op: str, request: int, argument: int | bytearray | bytes = 0)
     op: the call's name for the HostError("ioctl") that a refusal raises.
     """
     if isinstance(argument, int):
-        result: int = lib.av_ioctl_value(fd, request, argument)
+        result = lib.av_ioctl_value(fd, request, argument)
         if result < 0:
             raise HostError("ioctl", op=op, errno=-result)
         return result
+    data = bytearray(argument) if isinstance(argument, bytes) else argument
     try:
-        return fcntl.ioctl(fd, request, bytearray(argument) if isinstance(argument, bytes)
-                           else argument, True)
+        return int(fcntl.ioctl(fd, request, data, True))
     except OSError as e:
         raise HostError("ioctl", op=op, errno=e.errno) from e

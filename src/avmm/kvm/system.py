@@ -115,8 +115,7 @@ class Kvm:
                 continue
             count, _ = head.unpack_from(table)
             return [
-                _cpuid_entry(row.unpack_from(table, head.size + i * row.size))
-                for i in range(count)
+                _cpuid_entry(row.unpack_from(table, head.size + i * row.size)) for i in range(count)
             ]
 
     def create_vm(self) -> Vm:

@@ -114,7 +114,9 @@ async def _loading(
         initrd=config.initrd,
         cmdline=config.full_cmdline(),
         cpus=config.cpus,
-        devices=[AcpiMmioDevice(s.index, s.gpa, layout.VIRTIO_MMIO_SLOT_BYTES, s.gsi) for s in slots],
+        devices=[
+            AcpiMmioDevice(s.index, s.gpa, layout.VIRTIO_MMIO_SLOT_BYTES, s.gsi) for s in slots
+        ],
         kernel_format=config.kernel_format,
     )
     loading = asyncio.ensure_future(asyncio.to_thread(load, memory, source))

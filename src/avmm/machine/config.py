@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
@@ -21,7 +21,9 @@ from avmm.virtio.devices.rng import Rng
 
 _MEMORY_MIN_BYTES = 2 * MIB
 
-DEVICE_STRUCTS = {"disks": Disk, "nets": Tap, "rng": Rng}
+DeviceConfig = Disk | Tap | Rng
+
+DEVICE_STRUCTS: dict[str, type[DeviceConfig]] = {"disks": Disk, "nets": Tap, "rng": Rng}
 """The fields of Config that hold devices. A new kind of device is one more field and entry."""
 
 
@@ -74,11 +76,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """RAM in bytes."""
         return parse_size(self.memory, "memory")
 
-    def devices(self) -> list[tuple[str, Any]]:
+    def devices(self) -> list[tuple[str, DeviceConfig]]:
         """(id, config struct) of each device, in the order of their slots."""
-        found: list[tuple[str, Any]] = []
-        rng = [Rng() if self.rng is True else self.rng] if self.rng else []
-        for group in (self.disks, self.nets, rng):
+        found: list[tuple[str, DeviceConfig]] = []
+        rng = [self.rng if isinstance(self.rng, Rng) else Rng()] if self.rng else []
+        groups: tuple[Sequence[DeviceConfig], ...] = (self.disks, self.nets, rng)
+        for group in groups:
             for index, device in enumerate(group):
                 found.append((device.id or f"{device.device_type.name}{index}", device))
         return found

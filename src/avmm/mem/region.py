@@ -84,5 +84,8 @@ def memory_error(size_bytes: int, hugepages: bool, errno: int | None) -> HostErr
     else:
         remedy = "give the guest less memory"
     return HostError(
-        "memory", op=f"Mapping {format_size(size_bytes)} of guest memory", errno=errno, remedy=remedy
+        "memory",
+        op=f"Mapping {format_size(size_bytes)} of guest memory",
+        errno=errno,
+        remedy=remedy,
     )
