@@ -34,6 +34,7 @@ def declarations(header: Path) -> str:
 
 
 ffi = FFI()
+ffi.cdef("struct iovec { void *iov_base; size_t iov_len; };")  # <sys/uio.h>
 ffi.cdef("\n".join(declarations(HERE / f"{name}.h") for name in MODULES))
 ffi.set_source(
     "avmm._native",

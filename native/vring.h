@@ -47,7 +47,6 @@ int av_vring_start(struct av_vring *ring, uint16_t size, uint64_t desc_gpa, uint
 void av_vring_stop(struct av_vring *ring);
 void av_vring_statistics(const struct av_vring *ring, struct av_vring_stats *out);
 int av_vring_fault(const struct av_vring *ring);
-/* cdef end */
 
 /* One descriptor chain: `readable` segments of the driver's data, then `writable` ones of room,
  * all checked addresses in guest memory. */
@@ -76,5 +75,6 @@ int av_vring_kicks_on(struct av_vring *ring);
 void av_vring_fail(struct av_vring *ring, int fault);
 /* Drain the kick eventfd (none when negative) and count the kick. */
 void av_vring_take_kick(struct av_vring *ring, int kick_fd);
+/* cdef end */
 
 #endif

@@ -27,7 +27,7 @@ class Bus:
         self._bases: list[int] = []
 
     def add(self, base: int, size: int, region: Region, name: str) -> None:
-        """Give [base, base + size) to `region`; BugError("bus-overlap") when some of it is taken."""
+        """Give [base, base + size) to `region`; BugError("bus-overlap") when it is taken."""
         for other in self._ranges:
             if base < other.base + other.size and other.base < base + size:
                 raise BugError("bus-overlap", f"{name} at {base:#x} overlaps {other.name}")
