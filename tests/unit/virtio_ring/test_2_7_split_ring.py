@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import random
 import struct
@@ -133,10 +134,8 @@ class History:
         self.offered += 1
         table = TABLE_GPA + self.offered * 0x100  # never one that may still be in use
         for driver in (self.native.driver, self.driver):
-            if indirect:
-                head = driver.offer_indirect(table, *segments)
-            else:
-                head = driver.offer(*segments)
+            offer = functools.partial(driver.offer_indirect, table) if indirect else driver.offer
+            head = offer(*segments)
         self.chain_sizes[head] = cost
         self.free -= cost
 
