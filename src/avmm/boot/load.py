@@ -30,6 +30,14 @@ _FOREIGN = (
 )
 
 
+_RESET_CODE = b"\xba" + layout.PORT_ACPI_RESET.to_bytes(2, "little") + b"\xb0\x01\xee\xf4\xeb\xfd"
+"""16-bit code for the reset vector: write 1 to the reset port, then halt.
+
+Linux on a hardware-reduced machine expects EFI to reset it, whatever the FADT's reset register
+says, and without EFI runtime services jumps to the firmware's entry in real mode instead.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class BootSource:
     """What to boot. kernel_format: "auto", or the one way to take; see load()."""
@@ -84,6 +92,7 @@ def load(memory: GuestMemory, source: BootSource) -> EntryRegs:
         memory.write(layout.CMDLINE, line)
         tables, rsdp = build_tables(source.cpus, source.devices)
         memory.write(layout.ACPI_TABLES, tables)
+        memory.write(layout.RESET_VECTOR, _RESET_CODE)
         place = Placement(layout.CMDLINE, len(line), initrd_at, initrd_bytes, rsdp)
         return _enter(memory, source, image, pvh_entry, place)
 

@@ -19,8 +19,11 @@ CMDLINE_MAX_BYTES = 64 * KIB
 EBDA = Gpa(0x9FC00)
 """Usable low memory ends here."""
 ACPI_TABLES = Gpa(0xE0000)
-ACPI_TABLES_BYTES = 128 * KIB
+ACPI_TABLES_BYTES = 128 * KIB - 16
 """RSDP first, in the area that the ACPI specification tells an OS to scan (5.2.5.1)."""
+
+RESET_VECTOR = Gpa(0xFFFF0)
+"""Where a processor jumps to start a PC's firmware, F000:FFF0."""
 
 HIGH_RAM = Gpa(1 * MIB)
 KERNEL_64BIT_DEFAULT = Gpa(16 * MIB)
@@ -52,6 +55,7 @@ PORT_PVPANIC = 0x505
 PORT_ACPI = 0x600
 """acpi_pm: sleep control, sleep status, reset, event select (one byte each)."""
 PORT_ACPI_BYTES = 4
+PORT_ACPI_RESET = PORT_ACPI + 2
 
 # Global system interrupts: pins of the in-kernel IOAPIC, all edge-triggered, active high.
 GSI_COM1 = 4

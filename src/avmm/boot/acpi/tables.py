@@ -99,7 +99,7 @@ def _fadt(dsdt: int) -> bytes:
     # more than a second on the search for a keyboard.
     put(109, struct.pack("<H", _IAPC_BOOT_VGA_NOT_PRESENT))
     put(112, struct.pack("<I", _FADT_RESET_REG_SUP | _FADT_HW_REDUCED_ACPI))
-    put(116, _io_register(layout.PORT_ACPI + 2))
+    put(116, _io_register(layout.PORT_ACPI_RESET))
     put(128, b"\x01")
     put(131, bytes([_FADT_MINOR]))
     put(140, struct.pack("<Q", dsdt))
