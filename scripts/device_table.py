@@ -1,0 +1,35 @@
+"""Prints docs/devices.md from the device types and their config structs."""
+
+from __future__ import annotations
+
+from avmm.config import field_description, field_hint
+from avmm.machine.config import DEVICE_STRUCTS
+
+HEAD = """\
+<!-- Made by scripts/device_table.py; a test compares. -->
+# Devices
+
+All are virtio 1.3 devices on the virtio-mmio transport, modern only, with split rings,
+INDIRECT_DESC and EVENT_IDX. In Python and in config files a device is an entry of the field named
+below; on the command line it is `FLAG VALUE,key=value,...`, the first key's name may be left out.
+
+| device | virtio id | flag | field of Config | what it is |
+|---|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """The whole document."""
+    rows, sections = "", ""
+    for field, struct in DEVICE_STRUCTS.items():
+        kind = struct.device_type
+        rows += f"| {kind.name} | {kind.virtio_id} | `{kind.flag}` | `{field}` | {kind.summary} |\n"
+        sections += f"\n## {kind.name}\n\n| key | Python | |\n|---|---|---|\n"
+        for name in struct.__struct_fields__:
+            key = field_hint(struct, name, "option") or name
+            sections += f"| `{key}` | `{name}` | {field_description(struct, name)} |\n"
+    return HEAD + rows + sections
+
+
+if __name__ == "__main__":
+    print(table(), end="")
