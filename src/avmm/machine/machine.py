@@ -97,6 +97,7 @@ class MicroVM:
         self._parts.gate.resume()
         self._state = State.RUNNING
         self._start_s = time.perf_counter() - began
+        log.info("microVM runs, %.0f ms after start()", self._start_s * 1000)
 
     async def wait(self) -> ExitReason:
         """Wait until the guest has ended and all its resources are given back; why it ended."""
