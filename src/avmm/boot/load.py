@@ -166,8 +166,7 @@ def _initrd_top(memory: GuestMemory, image: _Image) -> int:
 
 
 def _check_room(memory: GuestMemory, source: BootSource, image: _Image, initrd_bytes: int) -> None:
-    # A kernel that takes all of it would only find out when it allocates its first page tables:
-    # a quarter more than what is loaded is the least that has been seen to reach user space.
+    # What must lie in memory at the same time; how much a kernel allocates then is its own affair.
     loaded = align_up(image.end, PAGE_BYTES) + align_up(initrd_bytes, PAGE_BYTES)
     top = _initrd_top(memory, image)
     if loaded <= top:
