@@ -131,7 +131,7 @@ def test_a_large_payload_arrives_whole_through_every_unpacker(
 def test_a_truncated_payload_is_an_error(boot: Boot, name: str) -> None:
     kernel = elf_kernel(code=CODE * 200)
     packed = COMPRESSIONS[name](kernel)
-    with pytest.raises(ConfigError, match="damaged|too early|cut off"):
+    with pytest.raises(ConfigError, match=r"damaged|too early|cut off"):
         boot(bzimage(packed[: len(packed) * 2 // 3]))
 
 
