@@ -30,7 +30,9 @@ def config_of(*arguments: str) -> Config:
 @pytest.mark.parametrize("module", ["avmm", "avmm.cli.main"])
 def test_importing_is_cheap(module: str) -> None:
     program = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == "[]"
 
 
