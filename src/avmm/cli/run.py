@@ -22,12 +22,14 @@ from avmm.machine.config import DEVICE_STRUCTS, Config
 from avmm.machine.machine import MachineStatistics, MicroVM
 from avmm.machine.reason import ExitKind, ExitReason
 
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
 _EPILOG = f"""\
 The guest's serial console is on this terminal; {ESCAPE_NAME} ends the guest. Without a terminal,
 bytes are streamed from stdin and to stdout. SIGTERM presses the power button, twice kills.
 
 Exit status: 0 poweroff or reboot, 1 crash or error, 2 bad input or a host that cannot run it,
-130 Ctrl-C or {ESCAPE_NAME}.
+130 Ctrl-C or {ESCAPE_NAME}, 143 SIGTERM before the guest ran.
 """
 
 
@@ -58,10 +60,10 @@ def run(options: argparse.Namespace) -> int:
     log_to_stderr(options.verbose)
     config = make_config(options)
     attached = is_terminal()
-    terminal = raw_mode(sys.stdin.fileno()) if attached else contextlib.nullcontext()
     try:
-        with terminal:
-            ending = run_loop(_run(config, attached))
+        ending = run_loop(_run(config, attached))
+    except asyncio.CancelledError:
+        return EXIT_TERMINATED
     except HostError as e:
         # It never ran: as with a bad option, nothing happened and the message says why.
         print(f"avmm: {e}", file=sys.stderr)
@@ -140,9 +142,14 @@ class _Ending:
 
 
 async def _run(config: Config, attached: bool) -> _Ending:
+    task = asyncio.current_task()
+    assert task is not None
     while True:
-        async with MicroVM(config) as vm, _attached(vm, attached) as interrupted:
-            reason = await vm.wait()
+        # Until the guest runs there is nobody to ask; and the terminal has to be restored.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        with raw_mode(sys.stdin.fileno()) if attached else contextlib.nullcontext():
+            async with MicroVM(config) as vm, _attached(vm, attached) as interrupted:
+                reason = await vm.wait()
         if reason.kind is not ExitKind.REBOOT or config.on_reboot == "stop":
             return _Ending(reason, vm.statistics(), interrupted.is_set())
 
