@@ -15,6 +15,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/kvm.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -24,6 +25,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/inotify.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -399,9 +401,28 @@ static int slot_count(void)
     return found ? atoi(found + strlen("avmm.slots=")) : 1;
 }
 
+/*
+ * Keeps one VM with one vCPU for as long as L1 lives. The first VM of a kernel and the end of its
+ * last switch KVM's hooks in the scheduler and the APIC code on and off by patching kernel text,
+ * and QEMU 7.2 with several CPU threads may go on with a translation it read while the text was
+ * being patched (8.1 locks the pages first): then L1 spins on a breakpoint that is long gone, or
+ * runs without the hook, and vCPUs wake with another's registers. With a VM always there, no
+ * command's first or last VM patches anything.
+ */
+static void hold_vm(void)
+{
+    int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    int vm = kvm < 0 ? -1 : ioctl(kvm, KVM_CREATE_VM, 0);
+
+    if (vm < 0 || ioctl(vm, KVM_CREATE_IRQCHIP, 0) < 0 || ioctl(vm, KVM_CREATE_VCPU, 0) < 0)
+        fatal("/dev/kvm");
+}
+
 int main(void)
 {
     int slots = slot_count();
+
+    hold_vm();
 
     for (int slot = 0; slot < slots; slot++) {
         if (fork() == 0) {

@@ -85,6 +85,12 @@ def other_root_disk(assets: Assets, tmp_path: Path) -> Path:
     return Path(shutil.copy(assets.root, tmp_path / "other.ext4"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def libuv_signal_pipe() -> None:
+    """libuv makes one pipe per process with its first loop: not a leak of any test."""
+    uvloop.new_event_loop().close()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """Each test gives back every descriptor, mapping, thread, child and network device."""

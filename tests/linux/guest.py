@@ -17,7 +17,7 @@ import avmm
 
 BASE_CMDLINE = "console=ttyS0 quiet panic=-1"
 CMDLINE_MAX = 2047  # x86 COMMAND_LINE_SIZE without its NUL
-BOOT_LIMIT_S = 180.0  # far beyond a slow boot: only a guest that hangs meets it
+BOOT_LIMIT_S = 300.0  # far beyond a slow boot: only a guest that hangs meets it
 
 
 def emulated_cpu() -> bool:
