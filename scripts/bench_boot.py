@@ -181,9 +181,8 @@ def report(all_series: dict[str, Series]) -> None:
     for index, vcpu in enumerate(own.stats.get("vcpus", [])):  # type: ignore[arg-type,var-annotated]
         pairs = ", ".join(f"{k} {v}" for k, v in vcpu.items() if k != "python_ns")
         python = vcpu["pio"] + vcpu["mmio"] + vcpu["signals"]
-        print(
-            f"exits of vCPU {index}: {pairs}; in Python {vcpu['python_ns'] / 1e3 / python:.0f} us each"
-        )
+        cost_us = vcpu["python_ns"] / 1e3 / python
+        print(f"exits of vCPU {index}: {pairs}; in Python {cost_us:.0f} us each")
 
 
 def main() -> int:

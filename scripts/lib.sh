@@ -82,13 +82,13 @@ make_venv() {
     VENV=${AVMM_VENV:-$ROOT/.venv}
     need_packages build-essential pkg-config liburing-dev python3-dev python3-venv
     stamp=$(cd "$ROOT" && find pyproject.toml setup.py native src -type f \
-        ! -name '*.pyc' ! -name '*.so' ! -name '*.o' -print0 |
+        ! -name '*.pyc' ! -name '*.so' ! -name '*.o' ! -path '*.egg-info/*' -print0 |
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
     [ "$(cat "$VENV/.avmm-stamp" 2>/dev/null)" = "$stamp" ] && return
     [ -x "$VENV/bin/python" ] ||
         step "creating $VENV" "$(debian_python)" -m venv "$VENV" || return
-    step "building avmm into $VENV, with what it and its tests need" "$VENV/bin/pip" install -q \
-        --disable-pip-version-check "${ROOT}[test]" || return
+    step "building avmm into $VENV, with what it and its tests need" env AVMM_WERROR=1 \
+        "$VENV/bin/pip" install -q --disable-pip-version-check "${ROOT}[test]" || return
     printf '%s\n' "$stamp" >"$VENV/.avmm-stamp"
 }
 

@@ -315,3 +315,60 @@ async def test_a_guest_ends_with_an_error_when_the_loop_is_gone(tiny_guest: Asse
     await asyncio.to_thread(other_loop)
     assert vm.state is avmm.State.STOPPED
     assert not [t for t in threading.enumerate() if t.name.startswith("avmm-vcpu")]
+
+
+async def test_no_kick_is_lost_over_many_pauses(tiny_guest: Assemble) -> None:
+    """Each pause needs every vCPU's KVM_RUN to end, whatever point of its loop it is at."""
+    guest = tiny_guest("""
+    1:  mov $0x1234, %dx
+        in %dx, %al
+        mov $0x601, %dx
+        in %dx, %al
+        putc 'x'
+        jmp 1b
+    """)
+    async with avmm.MicroVM(config(guest, cpus=2)) as vm:
+        for _ in range(300):
+            await vm.pause()
+            assert vm.state is avmm.State.PAUSED
+            await vm.resume()
+        before = vm.console.end
+        await vm.console.read(before)  # it still runs
+        assert (await vm.kill()).kind is avmm.ExitKind.KILLED
+
+
+async def test_stop_reaches_a_paused_guest(tiny_guest: Assemble) -> None:
+    guest = tiny_guest("1: inb 0x603\ntest $1, %al\njz 1b\npoweroff")
+    async with avmm.MicroVM(config(guest)) as vm:
+        await vm.pause()
+        assert (await vm.stop()).kind is avmm.ExitKind.STOPPED
+
+
+async def test_calls_that_need_a_running_guest_say_so(tiny_guest: Assemble) -> None:
+    vm = avmm.MicroVM(config(tiny_guest("poweroff")))
+    for call in (vm.stop, vm.kill, vm.pause, vm.wait):
+        with pytest.raises(avmm.ConfigError, match="this microVM is new"):
+            await call()
+    async with vm:
+        await vm.wait()
+        with pytest.raises(avmm.ConfigError, match="this microVM is stopped"):
+            await vm.pause()
+        with pytest.raises(avmm.ConfigError, match="not new"):
+            await vm.start()
+        assert (await vm.stop()).kind is avmm.ExitKind.POWEROFF
+
+
+def free_huge_pages() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("HugePages_Free:"):
+            return int(line.split()[1])
+    return 0
+
+
+async def test_reserved_huge_pages_back_the_memory_or_are_asked_for(tiny_guest: Assemble) -> None:
+    kernel = tiny_guest("poweroff")
+    if free_huge_pages() < 2:
+        with pytest.raises(avmm.HostError, match=r"2 huge pages of 2M are needed"):
+            await run(kernel, hugepages=True)
+    else:
+        assert (await run(kernel, hugepages=True)).kind is avmm.ExitKind.POWEROFF
