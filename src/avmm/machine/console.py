@@ -15,10 +15,6 @@ SCROLLBACK_BYTES = 256 * KIB
 _TAIL_BYTES = 2000
 
 
-class ConsoleClosed(HostError):
-    """The guest ended before what was waited for came."""
-
-
 class Console:
     """What the guest writes and reads on its serial port. Loop thread.
 
@@ -81,7 +77,7 @@ class Console:
     async def write(self, data: bytes) -> None:
         """Send bytes to the guest; returns when its serial port has taken the last of them.
 
-        Bytes of one write stay together. Raises ConsoleClosed.
+        Bytes of one write stay together. Raises HostError("console-closed").
         """
         self.write_nowait(data)
         while self._input:
@@ -90,7 +86,7 @@ class Console:
         self._check_open("Writing to the console")
 
     def write_nowait(self, data: bytes) -> None:
-        """Queue bytes for the guest. Raises ConsoleClosed."""
+        """Queue bytes for the guest. Raises HostError("console-closed")."""
         self._check_open("Writing to the console")
         if data:
             self._input.append(memoryview(data))
@@ -102,7 +98,7 @@ class Console:
         """Wait until the guest has written `pattern`, a regular expression; the match.
 
         Looks at what came after the previous match, the scrollback included. timeout: seconds.
-        Raises TimeoutError, ConsoleClosed when the guest ends first.
+        Raises TimeoutError, and HostError("console-closed") when the guest ends first.
         """
         regex = re.compile(pattern)
         try:
@@ -169,7 +165,7 @@ class Console:
 
     def _check_open(self, op: str) -> None:
         if self._closed:
-            raise ConsoleClosed(
+            raise HostError(
                 "console-closed",
                 op=op,
                 remedy=f"the guest has ended; its console ends with "

@@ -11,12 +11,14 @@ from types import TracebackType
 from typing import Self
 
 from avmm.errors import ConfigError
+from avmm.legacy.serial16550 import SerialStatistics
 from avmm.machine.builder import Parts, build
 from avmm.machine.config import Config
 from avmm.machine.console import Console
 from avmm.machine.lifecycle import State, uninterrupted
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.vcpu.thread import VcpuStatistics
+from avmm.virtio.device import DeviceStatistics
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,8 @@ class MachineStatistics:
     state: str
     start_s: float
     vcpus: tuple[VcpuStatistics, ...]
-    console: object
-    devices: dict[str, object]
+    console: SerialStatistics
+    devices: dict[str, DeviceStatistics]
 
 
 class MicroVM:
