@@ -1,0 +1,56 @@
+/* What blk.c (queues and turns) and blk_perform.c (the life of a request) share. */
+#ifndef AV_BLK_INTERNAL_H
+#define AV_BLK_INTERNAL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "blk.h"
+#include "blk_engine.h"
+#include "blk_req.h"
+
+/* A request in flight. */
+struct av_blk_slot {
+    struct av_blk_op op; /* first: the engine gives it back */
+    struct av_blk_req req;
+    struct av_vring *ring;
+    uint16_t head;
+    uint32_t range;     /* of a discard or write-zeroes: which one is under way */
+    uint64_t zeroed;    /* bytes of it that were written as zeroes */
+    uint32_t done;      /* bytes of data moved */
+    uint8_t *bounce;
+    struct iovec bounce_iov;
+    struct iovec zero_iov;
+    struct av_blk_slot *next_free;
+    struct iovec *iov;
+};
+
+struct av_blk_queue {
+    struct av_vring *ring;
+    bool starved; /* it may hold chains for which there was no free slot */
+};
+
+struct av_blk {
+    struct av_blk_config config;
+    struct av_blk_limits limits;
+    struct av_blk_engine *engine;
+    uint32_t iov_max;
+    uint32_t in_flight;
+    uint32_t queued; /* operations handed to the engine since its last submit */
+    bool held;
+    struct av_blk_slot *slots;
+    struct av_blk_slot *free;
+    struct iovec *iovs;
+    uint32_t queue_count;
+    struct av_blk_queue queue[AV_BLK_QUEUES_MAX];
+    struct av_blk_stats stats;
+};
+
+/* Begin a parsed request; it may be finished when this returns. */
+void av_blk_perform(struct av_blk *blk, struct av_blk_slot *slot);
+/* Answer a request and free its slot. */
+void av_blk_finish(struct av_blk *blk, struct av_blk_slot *slot, uint8_t status);
+/* An av_blk_done: go on with the request whose operation the engine has finished. */
+void av_blk_op_done(void *context, struct av_blk_op *op);
+
+#endif
