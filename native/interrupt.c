@@ -6,7 +6,7 @@
 
 struct av_interrupt {
     _Atomic uint32_t status;
-    int fd;
+    atomic_int fd;
     _Atomic uint64_t count;
 };
 
@@ -14,7 +14,7 @@ struct av_interrupt *av_interrupt_create(int fd)
 {
     struct av_interrupt *interrupt = calloc(1, sizeof(*interrupt));
     if (interrupt != NULL)
-        interrupt->fd = fd;
+        atomic_init(&interrupt->fd, fd);
     return interrupt;
 }
 
@@ -23,16 +23,25 @@ void av_interrupt_destroy(struct av_interrupt *interrupt)
     free(interrupt);
 }
 
+void av_interrupt_set_fd(struct av_interrupt *interrupt, int fd)
+{
+    atomic_store(&interrupt->fd, fd);
+}
+
 void av_interrupt_raise(struct av_interrupt *interrupt, uint32_t bits)
 {
     uint64_t one = 1;
+    int fd;
 
     /* The status bit comes first: the guest's handler reads it as soon as the edge is delivered,
      * and takes an interrupt with an empty status for somebody else's. */
     atomic_fetch_or(&interrupt->status, bits);
+    fd = atomic_load(&interrupt->fd);
+    if (fd < 0)
+        return;
     atomic_fetch_add(&interrupt->count, 1);
     /* Full (EAGAIN) means that 2^64 - 2 edges are waiting: one more says nothing new. */
-    if (write(interrupt->fd, &one, sizeof(one)) < 0)
+    if (write(fd, &one, sizeof(one)) < 0)
         return;
 }
 

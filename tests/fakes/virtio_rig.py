@@ -13,7 +13,7 @@ from avmm.mem.guest import GuestMemory
 from avmm.units import MIB
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext
-from avmm.virtio.interrupt import Interrupt
+from avmm.virtio.interrupt import Interrupts
 from avmm.virtio.transport.mmio import MmioTransport
 from fakes.mmio_driver import MmioDriver
 
@@ -44,13 +44,13 @@ async def virtio_rig(build: Callable[[DeviceContext], Awaitable[D]]) -> AsyncIte
         stack.callback(memory.close)
         irq_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         stack.callback(os.close, irq_fd)
-        interrupt = Interrupt(irq_fd)
-        stack.callback(interrupt.close)
+        interrupts = Interrupts(irq_fd)
+        stack.callback(interrupts.close)
         device = await build(
             DeviceContext(
                 id="test0",
                 memory=memory,
-                interrupt=interrupt,
+                interrupts=interrupts,
                 loop=asyncio.get_running_loop(),
                 stack=stack,
                 on_error=errors.append,

@@ -159,7 +159,7 @@ def _dispatch(
     results += [lib.av_dispatch_add_pio(dispatch, r.base, r.size) for r in platform.pio.ranges()]
     results += [lib.av_dispatch_add_mmio(dispatch, r.base, r.size) for r in platform.mmio.ranges()]
     results += [
-        lib.av_dispatch_add_interrupt(dispatch, slot.gpa, device.interrupt.native)
+        lib.av_dispatch_add_interrupt(dispatch, slot.gpa, device.interrupts.config.native)
         for slot, device in zip(slots, devices, strict=True)
     ]
     if min(results) < 0:

@@ -18,7 +18,7 @@ from avmm.mem.guest import GuestMemory
 from avmm.units import Gpa
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext
-from avmm.virtio.interrupt import Interrupt
+from avmm.virtio.interrupt import Interrupts
 from avmm.virtio.transport import mmio
 
 _NOTIFY_BYTES = 4
@@ -80,12 +80,12 @@ async def _plug_one(
 ) -> VirtioDevice:
     irq_fd = owned_eventfd(stack)
     vm.irqfd(irq_fd, slot.gsi)
-    interrupt = Interrupt(irq_fd)
-    stack.callback(interrupt.close)
+    interrupts = Interrupts(irq_fd)
+    stack.callback(interrupts.close)
     context = DeviceContext(
         id=slot.id,
         memory=memory,
-        interrupt=interrupt,
+        interrupts=interrupts,
         loop=asyncio.get_running_loop(),
         stack=stack,
         on_error=on_error,

@@ -95,7 +95,7 @@ class VirtioDevice(Hooks, ABC):
     ) -> None:
         self.device_type = device_type
         self.context = context
-        self.interrupt = context.interrupt
+        self.interrupts = context.interrupts
         self.state = DeviceState(offered | features.TRANSPORT)
         self.config = ConfigSpace()
         self.ignored = 0
@@ -106,7 +106,7 @@ class VirtioDevice(Hooks, ABC):
         self._quiesced = False
         self._control = asyncio.Lock()
         for index, size in enumerate(queue_sizes):
-            queue = Queue(index, size, context.memory, context.interrupt)
+            queue = Queue(index, size, context.memory, context.interrupts.queue(index))
             context.stack.callback(queue.close)
             self.queues.append(queue)
 
@@ -176,7 +176,7 @@ class VirtioDevice(Hooks, ABC):
         """Replace the configuration space and, by `notify`, tell the driver (2.5.1)."""
         self.config = ConfigSpace(data, (self.config.generation + 1) & 0xFFFF_FFFF)
         if notify and self.state.driver_ok:
-            self.interrupt.raise_config()
+            self.interrupts.config.raise_config()
 
     def failure(self, result: int, op: str) -> GuestFault | HostError:
         """What to raise for a native call's negative result: -EPROTO is the guest's doing."""
@@ -194,7 +194,7 @@ class VirtioDevice(Hooks, ABC):
             faults=self._faults,
             last_fault=self._last_fault,
             ignored=self.ignored,
-            interrupts=self.interrupt.count,
+            interrupts=self.interrupts.count,
             queues=tuple(queue.statistics() for queue in self.queues),
             counters=self.counters(),
         )
@@ -202,7 +202,7 @@ class VirtioDevice(Hooks, ABC):
     def _activate(self) -> None:
         if not self.state.live:
             # It broke while it was set up. Now the driver can be told (2.1.2).
-            self.interrupt.raise_config()
+            self.interrupts.config.raise_config()
             return
         for queue in self.queues:
             if queue.ready:
@@ -234,7 +234,7 @@ class VirtioDevice(Hooks, ABC):
             self._stop_queue(queue)
             queue.forget()
         self.on_reset()
-        self.interrupt.acknowledge(0xFFFF_FFFF)
+        self.interrupts.acknowledge(0xFFFF_FFFF)
         self.state.reset()
 
     async def _disable(self, queue: Queue) -> None:
@@ -252,7 +252,7 @@ class VirtioDevice(Hooks, ABC):
     def _need_reset(self) -> None:
         self.pump.stop()
         if self.state.needs_reset() and self.state.driver_ok:
-            self.interrupt.raise_config()
+            self.interrupts.config.raise_config()
 
     @contextlib.contextmanager
     def _contained(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from avmm.mem.guest import GuestMemory
-from avmm.virtio.interrupt import Interrupt
+from avmm.virtio.interrupt import Interrupts
 
 if TYPE_CHECKING:
     from avmm.virtio.device import VirtioDevice
@@ -25,7 +25,7 @@ class DeviceContext:
 
     id: str
     memory: GuestMemory
-    interrupt: Interrupt
+    interrupts: Interrupts
     loop: asyncio.AbstractEventLoop
     stack: AsyncExitStack
     on_error: Callable[[BaseException], None]

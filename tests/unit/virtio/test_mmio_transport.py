@@ -249,5 +249,5 @@ async def test_no_access_raises_and_a_reset_always_helps(rig: Rig[RngDevice], se
         else:
             await rig.driver.write(offset, value, size)
     await settle()
-    rig.device.interrupt.acknowledge(0xFFFF_FFFF)
+    rig.device.interrupts.acknowledge(0xFFFF_FFFF)
     await assert_fills(rig)

@@ -71,7 +71,7 @@ class MmioTransport:
             DEVICE_FEATURES: self._device_features,
             QUEUE_SIZE_MAX: self._queue_size_max,
             QUEUE_READY: self._queue_ready,
-            INTERRUPT_STATUS: lambda: device.interrupt.status,
+            INTERRUPT_STATUS: lambda: device.interrupts.status,
             STATUS: lambda: device.state.status,
             CONFIG_GENERATION: lambda: device.config.generation,
             **{register: lambda: _LOW for register in SHM_REGISTERS},  # no such region
@@ -84,7 +84,7 @@ class MmioTransport:
             QUEUE_SIZE: self._set_queue_size,
             QUEUE_READY: self._set_queue_ready,
             QUEUE_NOTIFY: lambda value: Post(lambda: self._notify(value)),
-            INTERRUPT_ACK: device.interrupt.acknowledge,
+            INTERRUPT_ACK: device.interrupts.acknowledge,
             STATUS: lambda value: Call(lambda: self._set_status(value)),
             SHM_SEL: lambda value: None,
         }
