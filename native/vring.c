@@ -130,29 +130,31 @@ void av_vring_destroy(struct av_vring *ring)
     free(ring);
 }
 
-int av_vring_start(struct av_vring *ring, uint16_t size, uint64_t desc_gpa, uint64_t driver_gpa,
-                   uint64_t device_gpa, uint64_t features)
+int av_vring_start(struct av_vring *ring, const struct av_vring_setup *setup)
 {
+    uint32_t size = setup->size;
     void *desc, *avail, *used;
 
     if (size == 0 || size > SIZE_MAX_ENTRIES || (size & (size - 1)) != 0)
         return -EINVAL;
-    if (desc_gpa % 16 != 0 || driver_gpa % 2 != 0 || device_gpa % 4 != 0)
+    if (setup->desc_gpa % 16 != 0 || setup->driver_gpa % 2 != 0 || setup->device_gpa % 4 != 0)
         return -EINVAL;
-    desc = av_gmem_hva(ring->mem, desc_gpa, sizeof(struct desc) * size);
-    avail = av_gmem_hva(ring->mem, driver_gpa, sizeof(struct avail) + 2u * size + 2);
-    used = av_gmem_hva(ring->mem, device_gpa,
+    if (setup->resume && setup->base > UINT16_MAX)
+        return -EINVAL;
+    desc = av_gmem_hva(ring->mem, setup->desc_gpa, sizeof(struct desc) * size);
+    avail = av_gmem_hva(ring->mem, setup->driver_gpa, sizeof(struct avail) + 2u * size + 2);
+    used = av_gmem_hva(ring->mem, setup->device_gpa,
                        sizeof(struct used) + sizeof(struct used_elem) * size + 2);
     if (desc == NULL || avail == NULL || used == NULL)
         return -EFAULT;
     ring->desc = desc;
     ring->avail = avail;
     ring->used = used;
-    ring->size = size;
-    ring->next_avail = ring->avail_seen = 0;
-    ring->next_used = ring->published = 0;
-    ring->event_idx = (features & F_EVENT_IDX) != 0;
-    ring->indirect = (features & F_INDIRECT_DESC) != 0;
+    ring->size = (uint16_t)size;
+    ring->next_avail = ring->avail_seen = setup->resume ? (uint16_t)setup->base : 0;
+    ring->next_used = ring->published = setup->resume ? load16(&ring->used->idx) : 0;
+    ring->event_idx = (setup->features & F_EVENT_IDX) != 0;
+    ring->indirect = (setup->features & F_INDIRECT_DESC) != 0;
     ring->fault = AV_FAULT_NONE;
     ring->running = true;
     return 0;
@@ -164,6 +166,11 @@ void av_vring_stop(struct av_vring *ring)
     ring->desc = NULL;
     ring->avail = NULL;
     ring->used = NULL;
+}
+
+uint32_t av_vring_base(const struct av_vring *ring)
+{
+    return ring->next_avail;
 }
 
 void av_vring_statistics(const struct av_vring *ring, struct av_vring_stats *out)
@@ -379,6 +386,13 @@ void av_vring_kicks_off(struct av_vring *ring)
      * does not kick again before it is moved. */
     if (ring->running && !ring->event_idx)
         store16(&ring->used->flags, USED_NO_NOTIFY);
+}
+
+int av_vring_pending(const struct av_vring *ring)
+{
+    if (!ring->running || ring->fault != AV_FAULT_NONE)
+        return 0;
+    return load16(&ring->avail->idx) != ring->next_avail;
 }
 
 int av_vring_kicks_on(struct av_vring *ring)

@@ -39,12 +39,28 @@ struct av_vring_stats {
     uint8_t event_idx;
 };
 
+/* Where the driver put a ring (virtio 1.3 section 2.6), what was negotiated, where to begin.
+ * resume: go on at `base` as vhost-user's GET_VRING_BASE gives it, not in an empty ring: for a
+ * split ring the available index, whose used index is read from memory. */
+struct av_vring_setup {
+    uint64_t desc_gpa;
+    uint64_t driver_gpa;
+    uint64_t device_gpa;
+    uint64_t features;
+    uint32_t size;
+    uint32_t base;
+    uint8_t resume;
+};
+
 struct av_vring;
 struct av_vring *av_vring_create(const struct av_gmem *mem, struct av_interrupt *interrupt);
 void av_vring_destroy(struct av_vring *ring);
-int av_vring_start(struct av_vring *ring, uint16_t size, uint64_t desc_gpa, uint64_t driver_gpa,
-                   uint64_t device_gpa, uint64_t features);
+/* Begin; 0, -EINVAL for a bad size, alignment or base, -EFAULT outside of memory. */
+int av_vring_start(struct av_vring *ring, const struct av_vring_setup *setup);
+/* Let go of the driver's memory. Chains taken and not used are forgotten: see av_vring_unpop(). */
 void av_vring_stop(struct av_vring *ring);
+/* Where the ring stands, also after av_vring_stop(): what a later start can resume from. */
+uint32_t av_vring_base(const struct av_vring *ring);
 void av_vring_statistics(const struct av_vring *ring, struct av_vring_stats *out);
 int av_vring_fault(const struct av_vring *ring);
 
@@ -61,7 +77,7 @@ struct av_chain {
 
 /* Take the next chain into iov[0..iov_max). 1 taken, 0 none, -EPROTO the guest broke the ring. */
 int av_vring_pop(struct av_vring *ring, struct av_chain *out, struct iovec *iov, uint32_t iov_max);
-/* Give back the chain popped last. */
+/* Give back the chain popped last; called again, the one before it, and so on. */
 void av_vring_unpop(struct av_vring *ring);
 /* Fill the next used element; the driver does not see it before av_vring_flush(). */
 void av_vring_push(struct av_vring *ring, uint16_t head, uint32_t written_bytes);
@@ -71,6 +87,8 @@ void av_vring_flush(struct av_vring *ring);
 void av_vring_kicks_off(struct av_vring *ring);
 /* Ask for kicks again; 1 when chains came meanwhile, and then the caller has to look again. */
 int av_vring_kicks_on(struct av_vring *ring);
+/* Whether a chain is waiting, without taking it: a look at memory only. */
+int av_vring_pending(const struct av_vring *ring);
 /* A fault found by the device in a chain's contents: the ring is dead until it is restarted. */
 void av_vring_fail(struct av_vring *ring, int fault);
 /* Drain the kick eventfd (none when negative) and count the kick. */

@@ -55,22 +55,25 @@ class Queue:
         self.device_gpa = 0
         self.ready = False
 
-    def start(self, features: int) -> None:
-        """Begin with an empty ring where the driver put it.
+    def start(self, features: int, base: int | None = None) -> None:
+        """Begin where the driver put the ring: with an empty one, or where another left off.
 
-        features: the negotiated ones. Raises GuestFault("queue-size" | "queue-address").
+        features: the negotiated ones. base: another's `base`, in vhost-user's encoding.
+        Raises GuestFault("queue-size" | "queue-address").
         """
         size = self.size
-        # The ring's size argument is 16 bits wide, the register 32: check before it is cut.
         if not 0 < size <= self.max_size or size & (size - 1):
             raise GuestFault(
                 "queue-size",
                 f"Queue {self.index}: size {size} is not a power of two up to {self.max_size}",
             )
-        result = lib.av_vring_start(
-            self.ring, size, self.desc_gpa, self.driver_gpa, self.device_gpa, features
-        )
-        if result < 0:
+        setup = ffi.new("struct av_vring_setup *")
+        setup.desc_gpa, setup.driver_gpa = self.desc_gpa, self.driver_gpa
+        setup.device_gpa = self.device_gpa
+        setup.features, setup.size = features, size
+        if base is not None:
+            setup.resume, setup.base = True, base
+        if lib.av_vring_start(self.ring, setup) < 0:
             raise GuestFault(
                 "queue-address",
                 f"Queue {self.index}: {self.desc_gpa:#x}, {self.driver_gpa:#x}, "
@@ -80,6 +83,11 @@ class Queue:
     def stop(self) -> None:
         """Stop using the driver's memory; nothing may be in flight."""
         lib.av_vring_stop(self.ring)
+
+    @property
+    def base(self) -> int:
+        """Where the ring stands, in vhost-user's encoding; also after stop()."""
+        return int(lib.av_vring_base(self.ring))
 
     def notify(self) -> None:
         """As if the driver had written the notification. Any thread."""

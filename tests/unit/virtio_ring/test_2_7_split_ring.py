@@ -89,10 +89,27 @@ def make_native(size: int, *, event_idx: bool) -> Iterator[Native]:
     memory.close()
 
 
-def start(ring: CData, driver: DriverQueue, offered: int) -> int:
-    return lib.av_vring_start(
-        ring, driver.size, driver.desc_gpa, driver.driver_gpa, driver.device_gpa, offered
+def start(ring: CData, driver: DriverQueue, offered: int, *, base: int | None = None) -> int:
+    return start_at(
+        ring, driver.size, driver.desc_gpa, driver.driver_gpa, driver.device_gpa, offered, base
     )
+
+
+def start_at(
+    ring: CData,
+    size: int,
+    desc: int,
+    driver: int,
+    device: int,
+    offered: int,
+    base: int | None = None,
+) -> int:
+    setup = ffi.new("struct av_vring_setup *")
+    setup.desc_gpa, setup.driver_gpa, setup.device_gpa = desc, driver, device
+    setup.size, setup.features = size, offered
+    if base is not None:
+        setup.resume, setup.base = True, base
+    return lib.av_vring_start(ring, setup)
 
 
 def random_segments(rng: random.Random, at_most: int) -> list[Segment]:
@@ -204,6 +221,7 @@ def test_indices_wrap_at_65536(event_idx: bool) -> None:
         (0, 0x1000, 0x2000, 0x3000),
         (3, 0x1000, 0x2000, 0x3000),
         (2048, 0x1000, 0x20000, 0x30000),
+        (0x10008, 0x1000, 0x2000, 0x3000),
         (8, 0x1008, 0x2000, 0x3000),
         (8, 0x1000, 0x2001, 0x3000),
         (8, 0x1000, 0x2000, 0x3002),
@@ -216,7 +234,7 @@ def test_indices_wrap_at_65536(event_idx: bool) -> None:
 def test_a_ring_of_bad_size_or_place_is_refused(
     native: Native, size: int, desc: int, driver: int, device: int
 ) -> None:
-    result = lib.av_vring_start(native.ring, size, desc, driver, device, 0)
+    result = start_at(native.ring, size, desc, driver, device, 0)
     assert result in (-errno.EINVAL, -errno.EFAULT)
 
 
@@ -323,6 +341,51 @@ def test_a_chain_given_back_is_taken_again(native: Native) -> None:
     lib.av_vring_unpop(native.ring)
     assert native.pop() == first
     assert native.pop() is None
+
+
+def test_chains_are_given_back_from_the_last_to_the_first(native: Native) -> None:
+    for at in range(3):
+        native.driver.offer(Segment(DATA_GPA + 16 * at, 8))
+    taken = [native.pop() for _ in range(3)]
+    for _ in range(2):
+        lib.av_vring_unpop(native.ring)
+    assert [native.pop(), native.pop(), native.pop()] == [*taken[1:], None]
+
+
+def test_pending_is_whether_pop_would_take_one(native: Native) -> None:
+    assert not lib.av_vring_pending(native.ring)
+    native.driver.offer(Segment(DATA_GPA, 8))
+    assert lib.av_vring_pending(native.ring)
+    assert native.pop() is not None
+    assert not lib.av_vring_pending(native.ring)
+    native.driver.offer_head(99)
+    assert native.fault_of_pop() == "bad-head"
+    lib.av_vring_stop(native.ring)
+    assert not lib.av_vring_pending(native.ring)
+
+
+def test_a_ring_goes_on_where_another_left_off(native: Native) -> None:
+    for _ in range(21):
+        head = native.driver.offer(Segment(DATA_GPA, 8, writable=True))
+        assert native.pop() is not None
+        lib.av_vring_push(native.ring, head, 8)
+        lib.av_vring_flush(native.ring)
+        native.driver.take_used()
+    lib.av_vring_stop(native.ring)
+    base = lib.av_vring_base(native.ring)
+    assert base == 21
+    native.driver.offer(Segment(DATA_GPA, 8, writable=True))
+    assert start(native.ring, native.driver, 0, base=base) == 0
+    chain = native.pop()
+    assert chain is not None
+    lib.av_vring_push(native.ring, chain.head, 4)
+    lib.av_vring_flush(native.ring)
+    assert native.driver.take_used() == [(chain.head, 4)]
+    assert native.pop() is None
+
+
+def test_a_base_past_the_index_is_refused(native: Native) -> None:
+    assert start(native.ring, native.driver, 0, base=0x1_0000) == -errno.EINVAL
 
 
 def test_a_stopped_ring_writes_nothing(native: Native) -> None:
