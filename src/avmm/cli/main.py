@@ -45,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="say what this host can do, and what to do about it"
     )
     _LazyOptions(doctor, "avmm.cli.doctor")
+    bench = commands.add_parser("bench", help="measure avmm beside its peers")
+    _LazyOptions(bench, "avmm.cli.bench")
     return parser
 
 

@@ -1,0 +1,96 @@
+"""What a suite is, and the list of them.
+
+A suite is a module with a function `cases(options)`, which measures one row after the other and
+yields each as it is done. A new one adds its module and its line in SUITES.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal, Protocol, cast
+
+from avmm.bench.record import Case, Record, this_host
+from avmm.errors import HostError
+
+PEERS = ("qemu-storage-daemon", "qemu", "qemu-microvm", "kvmtool", "vhost")
+GROUPS = ("blk", "net", "boot", "exits")
+
+Group = Literal["blk", "net", "boot", "exits"]
+Ground = Literal["native", "guest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked for.
+
+    peers: names of PEERS to run beside us, where a suite knows them. runs: of each contender;
+    the median counts. seconds: of one measurement. say: takes a line of progress. leave_out:
+    takes what could not be measured and why, for the record.
+    """
+
+    peers: tuple[str, ...] = PEERS
+    runs: int = 3
+    seconds: float = 1.0
+    say: Callable[[str], None] = field(default=lambda text: None)
+    leave_out: Callable[[str], None] = field(default=lambda text: None)
+
+    def wants(self, peer: str) -> bool:
+        """Whether a peer is to take part."""
+        return peer in self.peers
+
+
+class SuiteModule(Protocol):
+    """What the module of a suite offers. Blocking; HostError when the suite cannot run here."""
+
+    def cases(self, options: Options) -> Iterator[Case]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """name: of its cases' `suite`. group: the word of `avmm bench`. ground: "guest" when it
+    boots a stock kernel, which takes hardware KVM; "native" when it runs anywhere."""
+
+    name: str
+    group: Group
+    ground: Ground
+    module: str
+
+    def load(self) -> SuiteModule:
+        """Its module, imported when it is to run."""
+        return cast(SuiteModule, importlib.import_module(self.module))
+
+
+SUITES: tuple[Suite, ...] = ()
+
+
+def run(groups: tuple[str, ...], grounds: tuple[str, ...], options: Options) -> Record:
+    """Run the suites of these groups that can run on these grounds, one after the other."""
+    notes: list[str] = []
+    cases: list[Case] = []
+    began, start = datetime.now(UTC), time.monotonic()
+
+    def leave_out(text: str) -> None:
+        notes.append(text)
+        options.leave_out(text)
+
+    inner = Options(options.peers, options.runs, options.seconds, options.say, leave_out)
+    for suite in SUITES:
+        if suite.group not in groups or suite.ground not in grounds:
+            continue
+        try:
+            for case in suite.load().cases(inner):
+                options.say(f"{case.suite}: {case.name}")
+                cases.append(case)
+        except HostError as e:
+            leave_out(f"{suite.name}: {e}")
+    return Record(
+        host=this_host(),
+        began=began.isoformat(timespec="seconds"),
+        duration_s=round(time.monotonic() - start, 1),
+        cases=cases,
+        notes=notes,
+    )
