@@ -1,12 +1,12 @@
-/* The block device's datapath: rings on one side, an engine on the other. */
+/* The block device's datapath: a ring on one side, an engine on the other. A device has one of
+ * these a queue, so queues share nothing and need no lock. */
 #ifndef AV_BLK_H
 #define AV_BLK_H
 
 #include <stdint.h>
 
+#include "home.h"
 #include "vring.h"
-
-#define AV_BLK_QUEUES_MAX 64
 
 /* cdef begin */
 enum av_blk_engine_kind { AV_BLK_IO_URING, AV_BLK_THREADS };
@@ -42,26 +42,15 @@ struct av_blk_stats {
     uint64_t bounced; /* requests whose memory was not aligned for direct I/O */
 };
 
-/* One thread uses a device. */
 struct av_blk;
-struct av_blk *av_blk_create(const struct av_blk_config *config, int *error); /* NULL: errno */
-void av_blk_destroy(struct av_blk *blk); /* nothing may be in flight */
-/* Readable when av_blk_complete() has something to do. */
-int av_blk_event_fd(const struct av_blk *blk);
-/* Add a ring, borrowed; its queue number from 0 on, or -ENOSPC. */
-int av_blk_attach(struct av_blk *blk, struct av_vring *ring);
-/* Take what a queue offers, start its I/O in one batch, and complete what is done by then.
- * Drains kick_fd. 1 when there may be more to do, 0 when not, -EPROTO or -errno. */
-int av_blk_kick(struct av_blk *blk, uint32_t queue, int kick_fd);
-/* Complete what the engine has finished; then go on with queues that waited for a free place.
- * As av_blk_kick(). */
-int av_blk_complete(struct av_blk *blk);
-/* Held: no further chains are taken. What is in flight goes on. */
-void av_blk_hold(struct av_blk *blk, int held);
-uint32_t av_blk_in_flight(const struct av_blk *blk);
+/* home and ring are borrowed. NULL: *error is the errno. */
+struct av_blk *av_blk_create(const struct av_blk_config *config, struct av_home *home,
+                             struct av_vring *ring, int *error);
+void av_blk_destroy(struct av_blk *blk); /* its lane is at rest */
+struct av_lane *av_blk_lane(struct av_blk *blk); /* kick 0: the ring's */
 void av_blk_set_writeback(struct av_blk *blk, int writeback);
 void av_blk_set_capacity(struct av_blk *blk, uint64_t sectors);
-void av_blk_statistics(const struct av_blk *blk, struct av_blk_stats *out);
+void av_blk_statistics(struct av_blk *blk, struct av_blk_stats *out);
 /* cdef end */
 
 #endif

@@ -3,6 +3,7 @@
 #ifndef AV_BLK_ENGINE_H
 #define AV_BLK_ENGINE_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/uio.h>
 
@@ -30,15 +31,20 @@ typedef void av_blk_done(void *context, struct av_blk_op *op);
 
 struct av_blk_engine_ops {
     void (*queue)(struct av_blk_engine *engine, struct av_blk_op *op);
-    int (*submit)(struct av_blk_engine *engine); /* start what is queued; 0 or -errno */
-    /* Give finished operations to `done`; until there is none, wakes event_fd no more. */
+    /* Start what is queued; 0 or -errno. From here to arm(), event_fd may stay silent. */
+    int (*submit)(struct av_blk_engine *engine);
+    /* Give finished operations to `done`. */
     void (*reap)(struct av_blk_engine *engine, av_blk_done *done, void *context);
+    /* Whether reap() would find some, as far as memory tells. */
+    bool (*ready)(struct av_blk_engine *engine);
+    /* Signal event_fd when something finishes from now on; true when something already has. */
+    bool (*arm)(struct av_blk_engine *engine);
     void (*destroy)(struct av_blk_engine *engine); /* nothing may be in flight */
 };
 
 struct av_blk_engine {
     const struct av_blk_engine_ops *ops;
-    int event_fd; /* readable when reap() has something to do */
+    int event_fd; /* written when there is something to reap; nobody drains it */
 };
 
 /* depth: operations in flight at most. NULL: *error is the errno. */

@@ -8,12 +8,12 @@
 #include "blk.h"
 #include "blk_engine.h"
 #include "blk_req.h"
+#include "lane.h"
 
 /* A request in flight. */
 struct av_blk_slot {
     struct av_blk_op op; /* first: the engine gives it back */
     struct av_blk_req req;
-    struct av_vring *ring;
     uint16_t head;
     uint32_t range;     /* of a discard or write-zeroes: which one is under way */
     uint64_t zeroed;    /* bytes of it that were written as zeroes */
@@ -25,24 +25,18 @@ struct av_blk_slot {
     struct iovec *iov;
 };
 
-struct av_blk_queue {
-    struct av_vring *ring;
-    bool starved; /* it may hold chains for which there was no free slot */
-};
-
 struct av_blk {
+    struct av_lane lane; /* first: its home gives it back */
     struct av_blk_config config;
     struct av_blk_limits limits;
+    struct av_vring *ring;
     struct av_blk_engine *engine;
     uint32_t iov_max;
     uint32_t in_flight;
     uint32_t queued; /* operations handed to the engine since its last submit */
-    bool held;
     struct av_blk_slot *slots;
     struct av_blk_slot *free;
     struct iovec *iovs;
-    uint32_t queue_count;
-    struct av_blk_queue queue[AV_BLK_QUEUES_MAX];
     struct av_blk_stats stats;
 };
 

@@ -23,7 +23,7 @@ void av_blk_finish(struct av_blk *blk, struct av_blk_slot *slot, uint8_t status)
         slot->bounce = NULL;
     }
     *slot->req.status = status;
-    av_vring_push(slot->ring, slot->head, written);
+    av_vring_push(blk->ring, slot->head, written);
     slot->next_free = blk->free;
     blk->free = slot;
     blk->in_flight--;

@@ -99,7 +99,7 @@ static void *work(void *argument)
         pthread_mutex_lock(&engine->lock);
         /* Only the first of a batch wakes the loop; it takes the whole list. */
         if (engine->finished.first == NULL && write(engine->base.event_fd, &one, sizeof(one)) < 0)
-            abort(); /* an eventfd of our own that holds at most 1 cannot refuse */
+            abort(); /* an eventfd of our own refuses only after 2^64 batches */
         append(&engine->finished, op);
     }
     pthread_mutex_unlock(&engine->lock);
@@ -141,6 +141,23 @@ static void threads_reap(struct av_blk_engine *base, av_blk_done *done, void *co
     }
 }
 
+static bool threads_ready(struct av_blk_engine *base)
+{
+    return __atomic_load_n(&of(base)->finished.first, __ATOMIC_RELAXED) != NULL;
+}
+
+static bool threads_arm(struct av_blk_engine *base)
+{
+    struct threads_engine *engine = of(base);
+    bool ready;
+
+    /* Whoever finishes first after this finds the list empty, and writes event_fd. */
+    pthread_mutex_lock(&engine->lock);
+    ready = engine->finished.first != NULL;
+    pthread_mutex_unlock(&engine->lock);
+    return ready;
+}
+
 static void threads_destroy(struct av_blk_engine *base)
 {
     struct threads_engine *engine = of(base);
@@ -161,6 +178,8 @@ static const struct av_blk_engine_ops threads_ops = {
     .queue = threads_queue,
     .submit = threads_submit,
     .reap = threads_reap,
+    .ready = threads_ready,
+    .arm = threads_arm,
     .destroy = threads_destroy,
 };
 

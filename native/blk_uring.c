@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <liburing.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -62,8 +63,8 @@ static int uring_submit(struct av_blk_engine *engine)
     struct io_uring *ring = &of(engine)->ring;
     int result, patience = SUBMIT_TRIES;
 
-    /* What completes within the call (a read from the page cache does) is reaped right after it:
-     * no wake-up for that. */
+    /* What completes within the call (a read from the page cache does), or while there is other
+     * work, is reaped without a wake-up. */
     io_uring_cq_eventfd_toggle(ring, false);
     /* EAGAIN and EBUSY: the kernel is short of memory for a moment; what was not taken stays. */
     do {
@@ -75,8 +76,9 @@ static int uring_submit(struct av_blk_engine *engine)
     return result < 0 ? result : 0;
 }
 
-static unsigned reap_ready(struct io_uring *ring, av_blk_done *done, void *context)
+static void uring_reap(struct av_blk_engine *engine, av_blk_done *done, void *context)
 {
+    struct io_uring *ring = &of(engine)->ring;
     struct io_uring_cqe *cqe;
     unsigned head, count = 0;
 
@@ -87,18 +89,21 @@ static unsigned reap_ready(struct io_uring *ring, av_blk_done *done, void *conte
         count++;
     }
     io_uring_cq_advance(ring, count);
-    return count;
 }
 
-static void uring_reap(struct av_blk_engine *engine, av_blk_done *done, void *context)
+static bool uring_ready(struct av_blk_engine *engine)
 {
-    struct io_uring *ring = &of(engine)->ring;
+    return io_uring_cq_ready(&of(engine)->ring) != 0;
+}
 
-    reap_ready(ring, done, context);
-    /* Wake-ups on again, then look once more: a completion between the two would be missed. */
-    io_uring_cq_eventfd_toggle(ring, true);
+static bool uring_arm(struct av_blk_engine *engine)
+{
+    io_uring_cq_eventfd_toggle(&of(engine)->ring, true);
+    /* Full: our store of the flag against the load of the ring's tail. It pairs with the kernel's
+     * barrier between moving the tail and reading the flag. Without it a completion between the
+     * two would wake nobody. */
     atomic_thread_fence(memory_order_seq_cst);
-    reap_ready(ring, done, context);
+    return uring_ready(engine);
 }
 
 static void uring_destroy(struct av_blk_engine *engine)
@@ -115,6 +120,8 @@ static const struct av_blk_engine_ops uring_ops = {
     .queue = uring_queue,
     .submit = uring_submit,
     .reap = uring_reap,
+    .ready = uring_ready,
+    .arm = uring_arm,
     .destroy = uring_destroy,
 };
 

@@ -16,6 +16,7 @@ MODULES = (
     "gmem",
     "interrupt",
     "vring",
+    "home",
     "rng",
     "blk",
     "net",

@@ -4,12 +4,15 @@
 
 #include <stdint.h>
 
+#include "home.h"
 #include "vring.h"
 
 /* cdef begin */
-/* Fill available buffers with the host's random bytes, at most budget_bytes of them and at least
- * one buffer; drains kick_fd. 1 when there may be more to do, 0 when not, -EPROTO or -errno. */
-int av_rng_kick(struct av_vring *ring, int kick_fd, uint32_t budget_bytes);
+/* Fills available buffers with the host's random bytes. home and ring are borrowed. */
+struct av_rng;
+struct av_rng *av_rng_create(struct av_home *home, struct av_vring *ring, int *error);
+void av_rng_destroy(struct av_rng *rng);         /* its lane is at rest */
+struct av_lane *av_rng_lane(struct av_rng *rng); /* kick 0: the ring's */
 /* cdef end */
 
 #endif

@@ -208,6 +208,11 @@ void av_vring_take_kick(struct av_vring *ring, int kick_fd)
         ring->stats.kicks += kicks;
 }
 
+void av_vring_count_kick(struct av_vring *ring)
+{
+    ring->stats.kicks++;
+}
+
 /* Chains the driver has made available and we have not taken; -EPROTO. */
 static int available(struct av_vring *ring)
 {

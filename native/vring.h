@@ -91,6 +91,8 @@ int av_vring_kicks_on(struct av_vring *ring);
 int av_vring_pending(const struct av_vring *ring);
 /* A fault found by the device in a chain's contents: the ring is dead until it is restarted. */
 void av_vring_fail(struct av_vring *ring, int fault);
+/* A kick came. */
+void av_vring_count_kick(struct av_vring *ring);
 /* Drain the kick eventfd (none when negative) and count the kick. */
 void av_vring_take_kick(struct av_vring *ring, int kick_fd);
 /* cdef end */

@@ -13,6 +13,7 @@ from avmm.mem.guest import GuestMemory
 from avmm.units import MIB
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext
+from avmm.virtio.home import Homes
 from avmm.virtio.interrupt import Interrupts
 from avmm.virtio.transport.mmio import MmioTransport
 from fakes.mmio_driver import MmioDriver
@@ -36,7 +37,9 @@ class Rig(Generic[D]):
 
 
 @asynccontextmanager
-async def virtio_rig(build: Callable[[DeviceContext], Awaitable[D]]) -> AsyncIterator[Rig[D]]:
+async def virtio_rig(
+    build: Callable[[DeviceContext], Awaitable[D]], *, io_threads: int = 0
+) -> AsyncIterator[Rig[D]]:
     """Built and taken down in the order in which the machine does it."""
     errors: list[BaseException] = []
     async with AsyncExitStack() as stack:
@@ -46,11 +49,14 @@ async def virtio_rig(build: Callable[[DeviceContext], Awaitable[D]]) -> AsyncIte
         stack.callback(os.close, irq_fd)
         interrupts = Interrupts(irq_fd)
         stack.callback(interrupts.close)
+        homes = Homes.create(asyncio.get_running_loop(), threads=io_threads, poll_us=50)
+        stack.callback(homes.close)
         device = await build(
             DeviceContext(
                 id="test0",
                 memory=memory,
                 interrupts=interrupts,
+                homes=homes,
                 loop=asyncio.get_running_loop(),
                 stack=stack,
                 on_error=errors.append,

@@ -35,6 +35,7 @@ from avmm.mem import layout
 from avmm.mem.guest import GuestMemory
 from avmm.native import CData, ffi, lib
 from avmm.virtio.device import VirtioDevice
+from avmm.virtio.home import Homes
 
 End = Callable[[ExitReason], None]
 
@@ -49,6 +50,7 @@ class Parts:
     power: AcpiPm
     threads: tuple[VcpuThread, ...]
     devices: dict[str, VirtioDevice]
+    homes: Homes
 
 
 async def build(config: Config, stack: AsyncExitStack, end: End) -> Parts:
@@ -70,7 +72,11 @@ async def build(config: Config, stack: AsyncExitStack, end: End) -> Parts:
     async with _loading(memory, config, slots) as loading:
         vm = _create_vm(kvm, memory, stack)
         platform = add_platform(vm, stack, end)
-        devices = await plug(slots, vm, platform.mmio, memory, stack, on_error)
+        homes = Homes.create(
+            asyncio.get_running_loop(), threads=config.io_threads, poll_us=config.io_poll_us
+        )
+        stack.callback(homes.close)
+        devices = await plug(slots, vm, platform.mmio, memory, homes, stack, on_error)
         registers = await loading
     console = Console(platform.serial)
     stack.callback(console.close)
@@ -100,7 +106,7 @@ async def build(config: Config, stack: AsyncExitStack, end: End) -> Parts:
     for thread in threads:
         thread.start()
     by_id = {slot.id: device for slot, device in zip(slots, devices, strict=True)}
-    return Parts(gate, console, platform.serial, platform.power, tuple(threads), by_id)
+    return Parts(gate, console, platform.serial, platform.power, tuple(threads), by_id, homes)
 
 
 @asynccontextmanager

@@ -20,6 +20,8 @@ from avmm.virtio.devices.net import Tap
 from avmm.virtio.devices.rng import Rng
 
 _MEMORY_MIN_BYTES = 2 * MIB
+_IO_THREADS_MAX = 64
+_IO_POLL_MAX_US = 1_000_000
 
 DeviceConfig = Disk | Tap | Rng
 
@@ -47,6 +49,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     disks: Annotated[list[Disk], _meta("disks, in the order of /dev/vda, vdb, ...")] = []
     nets: Annotated[list[Tap], _meta("network interfaces, each on a TAP of the host")] = []
     rng: Annotated[bool | Rng, _meta("give the guest a source of random bytes")] = False
+    io_threads: Annotated[int, _meta("native threads that serve devices; 0: the event loop")] = 0
+    io_poll_us: Annotated[
+        int,
+        _meta("microseconds, at most, that an I/O thread looks for work before it sleeps"),
+    ] = 50
     on_reboot: Annotated[
         Literal["stop", "restart"], _meta("what a reboot of the guest does: stop or restart")
     ] = "stop"
@@ -59,6 +66,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         self._check_memory()
         if self.stop_grace_s < 0:
             raise ConfigError("grace", f"stop_grace_s: {self.stop_grace_s} is negative")
+        self._check_io()
         self._check_devices()
 
     @classmethod
@@ -124,6 +132,20 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             raise ConfigError(
                 "memory", f"memory: {self.memory} is not a multiple of {format_size(page)}"
             )
+
+    def _check_io(self) -> None:
+        if not 0 <= self.io_threads <= _IO_THREADS_MAX:
+            raise ConfigError(
+                "io", f"io_threads: {self.io_threads} is not in 0 to {_IO_THREADS_MAX}"
+            )
+        if not 0 <= self.io_poll_us <= _IO_POLL_MAX_US:
+            raise ConfigError(
+                "io", f"io_poll_us: {self.io_poll_us} is not in 0 to {_IO_POLL_MAX_US}"
+            )
+        if self.io_threads == 0:
+            for id, device in self.devices():
+                if device.home == "thread":
+                    raise ConfigError("io", f"{id}: home=thread needs io_threads of 1 or more")
 
     def _check_devices(self) -> None:
         _refuse_twice("id", [id for id, _ in self.devices()], "device id")

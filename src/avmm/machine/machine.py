@@ -19,6 +19,7 @@ from avmm.machine.lifecycle import State, uninterrupted
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.vcpu.thread import VcpuStatistics
 from avmm.virtio.device import DeviceStatistics
+from avmm.virtio.home import HomeStatistics
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class MachineStatistics:
     """Counters of one microVM, frozen at the moment of the call.
 
     start_s: seconds from start() to the first guest instruction; 0 before.
-    devices: by device id, each device's own record.
+    devices: by device id, each device's own record. homes: the loop's, then the I/O threads'.
     """
 
     state: str
@@ -36,6 +37,7 @@ class MachineStatistics:
     vcpus: tuple[VcpuStatistics, ...]
     console: SerialStatistics
     devices: dict[str, DeviceStatistics]
+    homes: tuple[HomeStatistics, ...]
 
 
 class MicroVM:
@@ -164,6 +166,7 @@ class MicroVM:
             vcpus=tuple(thread.statistics() for thread in parts.threads),
             console=parts.serial.statistics(),
             devices={name: device.statistics() for name, device in parts.devices.items()},
+            homes=parts.homes.statistics(),
         )
 
     async def _settled(self) -> None:

@@ -18,6 +18,7 @@ from avmm.mem.guest import GuestMemory
 from avmm.units import Gpa
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext
+from avmm.virtio.home import Homes
 from avmm.virtio.interrupt import Interrupts
 from avmm.virtio.transport import mmio
 
@@ -63,11 +64,12 @@ async def plug(
     vm: Vm,
     bus: Bus,
     memory: GuestMemory,
+    homes: Homes,
     stack: AsyncExitStack,
     on_error: Callable[[BaseException], None],
 ) -> list[VirtioDevice]:
     """Build each device and connect it to the bus and to KVM; `stack` takes them down."""
-    return [await _plug_one(slot, vm, bus, memory, stack, on_error) for slot in slots]
+    return [await _plug_one(slot, vm, bus, memory, homes, stack, on_error) for slot in slots]
 
 
 async def _plug_one(
@@ -75,6 +77,7 @@ async def _plug_one(
     vm: Vm,
     bus: Bus,
     memory: GuestMemory,
+    homes: Homes,
     stack: AsyncExitStack,
     on_error: Callable[[BaseException], None],
 ) -> VirtioDevice:
@@ -86,6 +89,7 @@ async def _plug_one(
         id=slot.id,
         memory=memory,
         interrupts=interrupts,
+        homes=homes,
         loop=asyncio.get_running_loop(),
         stack=stack,
         on_error=on_error,

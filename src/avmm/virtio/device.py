@@ -7,13 +7,14 @@ import contextlib
 import errno
 import functools
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from avmm.errors import BugError, GuestFault, HostError
+from avmm.native import CData
 from avmm.virtio import features
 from avmm.virtio.devtype import DeviceContext, DeviceType
+from avmm.virtio.home import Home, Lane
 from avmm.virtio.pump import Pump
 from avmm.virtio.queue import NO_FAULT, Queue, QueueStatistics
 from avmm.virtio.state import DeviceState, Transition
@@ -57,17 +58,18 @@ class Hooks:
         """The driver is ready and the queues it uses are started; adapt to its features."""
 
     def on_resume(self) -> None:
-        """Work begins, after on_activate() or on_quiesce(): watch descriptors of your own."""
-
-    async def on_quiesce(self) -> None:
-        """Come to rest: take no more chains, and return when none is in flight. The pump, with
-        all it watched, has stopped. Must bear being called at rest."""
+        """Work begins, after on_activate() or a rest: watch descriptors of your own."""
 
     def on_queue_stop(self, index: int) -> None:
         """Forget chains taken from a queue and not given back; the driver has them again."""
 
     def on_reset(self) -> None:
         """Forget what the driver set up; at rest, after every on_queue_stop()."""
+
+    def kick(self, index: int) -> bool:
+        """Work on queue `index`, which no lane serves and whose kick_fd is readable: drain it, do
+        a bounded amount. True when there is more to do. Raises GuestFault or HostError."""
+        raise BugError("device", f"queue {index} has neither a lane nor a kick()")
 
     def on_config_write(self, offset: int, data: bytes) -> None:
         """The driver wrote its configuration space; nothing is writable by default."""
@@ -77,8 +79,9 @@ class Hooks:
         return {}
 
 
-class VirtioDevice(Hooks, ABC):
-    """Base of all devices. An author implements kick() and what is needed of Hooks.
+class VirtioDevice(Hooks):
+    """Base of all devices. Queues are served by native lanes, which an author adds when the device
+    is made, or by its kick(). The rest is what is needed of Hooks.
 
     All methods on the loop, but for what the transport reads on vCPU threads: `config` and
     `state`. Calls that change what the device does exclude each other, so vCPUs that reset and
@@ -101,6 +104,7 @@ class VirtioDevice(Hooks, ABC):
         self.ignored = 0
         self.pump = Pump(context.loop, self._on_error)
         self.queues: list[Queue] = []
+        self._lanes: list[Lane] = []
         self._faults = 0
         self._last_fault: str | None = None
         self._quiesced = False
@@ -110,12 +114,15 @@ class VirtioDevice(Hooks, ABC):
             context.stack.callback(queue.close)
             self.queues.append(queue)
 
-    @abstractmethod
-    def kick(self, index: int) -> bool:
-        """Work on queue `index`, whose kick_fd is readable: drain it, do a bounded amount.
+    def add_lane(self, native: CData, home: Home, queues: Sequence[Queue], op: str) -> None:
+        """Let a native lane serve these queues. op: begins the message of its HostError."""
 
-        True when there is more to do. Raises GuestFault or HostError; failure() tells them apart.
-        """
+        def on_failure(result: int) -> None:
+            self._on_error(self.failure(result, op))
+
+        lane = Lane(native, home, queues, on_failure)
+        self.context.stack.callback(lane.close)
+        self._lanes.append(lane)
 
     async def set_status(self, value: int) -> None:
         """The driver wrote the status field; returns when all that follows from it is done."""
@@ -131,13 +138,8 @@ class VirtioDevice(Hooks, ABC):
         """The driver offers a queue, or takes it away (virtio 1.3 section 4.2.2, QueueReady)."""
         async with self._control:
             with self._contained():
-                if ready and not queue.ready:
-                    queue.start(self.state.features)
-                    queue.ready = True
-                    if self.state.live and not self._quiesced:
-                        self._watch(queue)
-                elif not ready and queue.ready:
-                    await self._disable(queue)
+                if ready != queue.ready:
+                    await self._turn_queue(queue, ready)
 
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver wrote its configuration space."""
@@ -215,18 +217,27 @@ class VirtioDevice(Hooks, ABC):
         if self._quiesced or not self.state.live:
             return
         self.on_resume()
+        served: set[Queue] = set()
+        for lane in self._lanes:
+            served.update(lane.queues)
+            if any(queue.ready for queue in lane.queues):
+                lane.start()
         for queue in self.queues:
-            if queue.ready:
-                self._watch(queue)
+            if queue.ready and queue not in served:
+                self.pump.watch(queue.kick_fd, functools.partial(self.kick, queue.index))
+                # The driver may have offered chains while its kicks were switched off.
+                queue.notify()
 
-    def _watch(self, queue: Queue) -> None:
-        self.pump.watch(queue.kick_fd, functools.partial(self.kick, queue.index))
-        # The driver may have offered chains while its kicks were switched off.
-        queue.notify()
+    def _hold(self) -> None:
+        """Take no more chains."""
+        self.pump.stop()
+        for lane in self._lanes:
+            lane.hold()
 
     async def _rest(self) -> None:
-        self.pump.stop()
-        await self.on_quiesce()
+        self._hold()
+        for lane in self._lanes:
+            await lane.rest()
 
     async def _reset(self) -> None:
         await self._rest()
@@ -237,12 +248,15 @@ class VirtioDevice(Hooks, ABC):
         self.interrupts.acknowledge(0xFFFF_FFFF)
         self.state.reset()
 
-    async def _disable(self, queue: Queue) -> None:
-        """One queue stops; the others rest meanwhile and go on where they were."""
+    async def _turn_queue(self, queue: Queue, ready: bool) -> None:
+        """One queue starts or stops; the others rest meanwhile and go on where they were."""
         if self.state.driver_ok:
             await self._rest()
-        self._stop_queue(queue)
-        queue.ready = False
+        if ready:
+            queue.start(self.state.features)
+        else:
+            self._stop_queue(queue)
+        queue.ready = ready
         self._work()
 
     def _stop_queue(self, queue: Queue) -> None:
@@ -250,7 +264,7 @@ class VirtioDevice(Hooks, ABC):
         queue.stop()
 
     def _need_reset(self) -> None:
-        self.pump.stop()
+        self._hold()
         if self.state.needs_reset() and self.state.driver_ok:
             self.interrupts.config.raise_config()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from avmm.mem.guest import GuestMemory
+from avmm.virtio.home import Homes
 from avmm.virtio.interrupt import Interrupts
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class DeviceContext:
     id: str
     memory: GuestMemory
     interrupts: Interrupts
+    homes: Homes
     loop: asyncio.AbstractEventLoop
     stack: AsyncExitStack
     on_error: Callable[[BaseException], None]

@@ -15,6 +15,8 @@ from avmm.units import SECTOR_BYTES
 from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext, DeviceType
+from avmm.virtio.home import Home, HomeChoice
+from avmm.virtio.queue import Queue
 
 QUEUE_SIZE = 256
 SEG_MAX = 126
@@ -46,6 +48,7 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Literal["auto", "io_uring", "threads"],
         msgspec.Meta(description="how the host does the I/O: auto, io_uring or threads"),
     ] = "auto"
+    home: HomeChoice = "auto"
     id: Annotated[str | None, msgspec.Meta(description="name in logs and statistics")] = None
 
     device_type: ClassVar[DeviceType]
@@ -72,37 +75,16 @@ class BlkDevice(VirtioDevice):
         self.disk = disk
         self._op = f"I/O on disk {disk.path}"
         self._writeback = True
-        self.engine, self._native = _create_native(config, disk, context.id)
-        context.stack.callback(self._destroy)
+        self.engine = ""
+        self._natives: list[CData] = []
         for queue in self.queues:
-            lib.av_blk_attach(self._native, queue.ring)
-        self._event_fd = int(lib.av_blk_event_fd(self._native))
+            self._add_native(config, queue)
         self.set_config(self._config())
-
-    def kick(self, index: int) -> bool:
-        """Start the queue's requests."""
-        queue = self.queues[index]
-        result: int = lib.av_blk_kick(self._native, index, queue.kick_fd)
-        if result < 0:
-            raise self.failure(result, self._op)
-        return result > 0
 
     def on_activate(self, negotiated: int) -> None:
         """Without FLUSH the driver cannot ask for durability, so each write is (5.2.5.2)."""
         if not negotiated & (features.BLK_FLUSH | features.BLK_CONFIG_WCE):
             self._set_writeback(False)
-
-    def on_resume(self) -> None:
-        """Take chains again."""
-        lib.av_blk_hold(self._native, 0)
-        self.pump.watch(self._event_fd, self._complete)
-
-    async def on_quiesce(self) -> None:
-        """Wait for what is in flight; its results still reach the rings."""
-        lib.av_blk_hold(self._native, 1)
-        while lib.av_blk_in_flight(self._native):
-            await self._event()
-            self._complete()
 
     def on_reset(self) -> None:
         """The cache is in write-back mode again."""
@@ -119,41 +101,33 @@ class BlkDevice(VirtioDevice):
         Raises ConfigError("disk"), and then nothing changed.
         """
         self.disk.size_bytes = self.disk.measure()
-        lib.av_blk_set_capacity(self._native, self.disk.size_bytes // SECTOR_BYTES)
+        for native in self._natives:
+            lib.av_blk_set_capacity(native, self.disk.size_bytes // SECTOR_BYTES)
         self.set_config(self._config())
         return self.disk.size_bytes
 
     def counters(self) -> dict[str, int]:
         """Requests by kind, bytes, errors, and submissions to the engine."""
         stats = ffi.new("struct av_blk_stats *")
-        lib.av_blk_statistics(self._native, stats)
-        return {name: int(getattr(stats, name)) for name in _COUNTERS}
+        total = dict.fromkeys(_COUNTERS, 0)
+        for native in self._natives:
+            lib.av_blk_statistics(native, stats)
+            for name in _COUNTERS:
+                total[name] += int(getattr(stats, name))
+        return total
 
-    def _complete(self) -> bool:
-        result: int = lib.av_blk_complete(self._native)
-        if result < 0:
-            raise self.failure(result, self._op)
-        return result > 0
-
-    async def _event(self) -> None:
-        """Until the engine has finished something."""
-        loop = self.context.loop
-        event = loop.create_future()
-
-        def ready() -> None:
-            loop.remove_reader(self._event_fd)
-            if not event.done():
-                event.set_result(None)
-
-        loop.add_reader(self._event_fd, ready)
-        try:
-            await event
-        finally:
-            loop.remove_reader(self._event_fd)
+    def _add_native(self, config: Disk, queue: Queue) -> None:
+        """The queue's own datapath, on a home of its own choice."""
+        home = self.context.homes.pick(config.home)
+        self.engine, native = _create_native(config, self.disk, self.context.id, home, queue)
+        self.context.stack.callback(self._destroy, native)
+        self._natives.append(native)
+        self.add_lane(lib.av_blk_lane(native), home, (queue,), self._op)
 
     def _set_writeback(self, writeback: bool) -> None:
         self._writeback = writeback
-        lib.av_blk_set_writeback(self._native, writeback)
+        for native in self._natives:
+            lib.av_blk_set_writeback(native, writeback)
         self.set_config(self._config(), notify=False)
 
     def _config(self) -> bytes:
@@ -169,9 +143,9 @@ class BlkDevice(VirtioDevice):
             *(zero, _RANGES_MAX, 1),
         )
 
-    def _destroy(self) -> None:
-        lib.av_blk_destroy(self._native)
-        self._native = ffi.NULL
+    def _destroy(self, native: CData) -> None:
+        self._natives.remove(native)
+        lib.av_blk_destroy(native)
 
 
 _COUNTERS = (
@@ -180,8 +154,10 @@ _COUNTERS = (
 )
 
 
-def _create_native(config: Disk, disk: RawDisk, id: str) -> tuple[str, CData]:
-    """The engine's name and the native device; io_uring where the host allows it."""
+def _create_native(
+    config: Disk, disk: RawDisk, id: str, home: Home, queue: Queue
+) -> tuple[str, CData]:
+    """The engine's name and the native datapath; io_uring where the host allows it."""
     settings = ffi.new("struct av_blk_config *")
     settings.fd = disk.fd
     settings.capacity_sectors = disk.size_bytes // SECTOR_BYTES
@@ -197,7 +173,7 @@ def _create_native(config: Disk, disk: RawDisk, id: str) -> tuple[str, CData]:
     for engine in engines:
         kind = lib.AV_BLK_IO_URING if engine == "io_uring" else lib.AV_BLK_THREADS
         settings.engine = kind
-        native = lib.av_blk_create(settings, error)
+        native = lib.av_blk_create(settings, home.native, queue.ring, error)
         if native:
             return engine, native
         if error[0] not in _REFUSED:

@@ -18,6 +18,7 @@ from avmm.native import ffi, lib
 from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext, DeviceType
+from avmm.virtio.home import HomeChoice
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Tap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     mac: Annotated[str | None, msgspec.Meta(description="the guest's MAC address")] = None
     mtu: Annotated[int | None, msgspec.Meta(description="MTU of both ends")] = None
+    home: HomeChoice = "auto"
     id: Annotated[str | None, msgspec.Meta(description="name in logs and statistics")] = None
 
     device_type: ClassVar[DeviceType]

@@ -6,17 +6,19 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from avmm.native import lib
+from avmm.errors import HostError
+from avmm.native import ffi, lib
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext, DeviceType
+from avmm.virtio.home import HomeChoice
 
 _QUEUE_SIZE = 64
-_BUDGET_BYTES = 64 * 1024
 
 
 class Rng(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A source of entropy for the guest."""
 
+    home: HomeChoice = "auto"
     id: Annotated[str | None, msgspec.Meta(description="name in logs and statistics")] = None
 
     device_type: ClassVar[DeviceType]
@@ -25,21 +27,20 @@ class Rng(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RngDevice(VirtioDevice):
     """Fills what the driver offers, a bounded amount a turn."""
 
-    def __init__(self, context: DeviceContext) -> None:
+    def __init__(self, config: Rng, context: DeviceContext) -> None:
         super().__init__(RNG, context, offered=0, queue_sizes=(_QUEUE_SIZE,))
-
-    def kick(self, index: int) -> bool:
-        """Fill the driver's buffers."""
-        queue = self.queues[index]
-        result: int = lib.av_rng_kick(queue.ring, queue.kick_fd, _BUDGET_BYTES)
-        if result < 0:
-            raise self.failure(result, "getrandom")
-        return result > 0
+        home = context.homes.pick(config.home)
+        error = ffi.new("int *")
+        self._native = lib.av_rng_create(home.native, self.queues[0].ring, error)
+        if not self._native:
+            raise HostError("memory", op="rng", errno=error[0])
+        context.stack.callback(lib.av_rng_destroy, self._native)
+        self.add_lane(lib.av_rng_lane(self._native), home, self.queues, "getrandom")
 
 
 async def build(config: Rng, context: DeviceContext) -> RngDevice:
     """The device; it needs nothing of the host."""
-    return RngDevice(context)
+    return RngDevice(config, context)
 
 
 RNG = DeviceType(

@@ -1,0 +1,48 @@
+/* What home.c (turns and lanes) and home_thread.c (a thread that takes them) share. */
+#ifndef AV_HOME_INTERNAL_H
+#define AV_HOME_INTERNAL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/epoll.h>
+
+#include "home.h"
+#include "lane.h"
+
+#define AV_HOME_EVENTS 64
+
+/* A place for a lane. Events carry its number and generation: one that was fetched before its
+ * lane went must not reach the next in the same place. */
+struct av_home_slot {
+    struct av_lane *lane;
+    uint32_t generation;
+};
+
+struct av_home {
+    int epoll_fd;
+    int wake_fd;   /* makes epoll_wait() return: something is runnable, or the thread is to end */
+    int notice_fd;
+    pthread_mutex_t lock; /* all lanes, and the slots */
+    _Atomic uint32_t wanted; /* how many threads wait for the lock while lanes run */
+    struct av_home_slot *slot;
+    uint32_t slots;
+    struct av_home_stats stats;
+    pthread_t thread;
+    bool has_thread;
+    atomic_bool ending;
+    uint64_t poll_max_ns;
+};
+
+/* One visit to epoll_wait(), not with the lock held: what fired is runnable afterwards. */
+int av_home_wait(struct av_home *home, struct epoll_event *events, int timeout_ms);
+/* These with the lock held. */
+void av_home_collect(struct av_home *home, const struct epoll_event *events, int count);
+/* Run each runnable lane once. True when one is runnable still or again. */
+bool av_home_round(struct av_home *home);
+/* Ask all lanes' drivers for notifications. True when work had come, and a lane is runnable. */
+bool av_home_arm(struct av_home *home);
+void av_home_end_thread(struct av_home *home);
+
+#endif
