@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+from collections.abc import Callable
 
 from avmm.bus.region import Call, Deferred
 from avmm.mem.guest import GuestMemory
@@ -130,6 +131,13 @@ async def readable(fd: int) -> None:
         await ready.wait()
     finally:
         loop.remove_reader(fd)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Let the loop run until `condition` holds, which another thread may bring about."""
+    async with asyncio.timeout(_HANG_S):
+        while not condition():  # noqa: ASYNC110 - the other thread knows no Event
+            await asyncio.sleep(0)
 
 
 async def settle() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import pytest
 
@@ -17,7 +18,7 @@ from avmm.virtio.devices.blk import BlkDevice, Disk
 from avmm.virtio.devtype import DeviceContext
 from avmm.virtio.transport import mmio
 from fakes.blk_driver import OK, OUT, BlkDriver
-from fakes.mmio_driver import perform, settle
+from fakes.mmio_driver import eventually, perform, settle
 from fakes.virtio_rig import Rig, virtio_rig
 
 SIZE_BYTES = 4 * MIB
@@ -35,33 +36,42 @@ class PipeDisk(RawDisk):
         self.size_bytes = SIZE_BYTES
 
 
+@dataclass(frozen=True)
+class Pipe:
+    """The disk writes to write_fd; io_threads: on which home."""
+
+    read_fd: int
+    write_fd: int
+    io_threads: int
+
+
 @asynccontextmanager
-async def on_a_pipe(read_fd: int, write_fd: int) -> AsyncIterator[tuple[Rig[BlkDevice], BlkDriver]]:
-    """A started disk that writes to `write_fd`, by io_uring, which lets writes to pipes wait."""
+async def on_a_pipe(pipe: Pipe) -> AsyncIterator[tuple[Rig[BlkDevice], BlkDriver]]:
+    """A started disk that writes to a pipe, by io_uring, which lets writes to pipes wait."""
 
     async def build_on_pipe(context: DeviceContext) -> BlkDevice:
-        return BlkDevice(Disk("pipe", engine="io_uring"), PipeDisk(write_fd), context)
+        return BlkDevice(Disk("pipe", engine="io_uring"), PipeDisk(pipe.write_fd), context)
 
     try:
-        async with virtio_rig(build_on_pipe) as rig:
+        async with virtio_rig(build_on_pipe, io_threads=pipe.io_threads) as rig:
             await rig.driver.start()
             try:
                 yield rig, BlkDriver(rig)
             finally:
                 # A test that failed must not leave the exit's quiesce() waiting.
-                os.set_blocking(read_fd, False)
+                os.set_blocking(pipe.read_fd, False)
                 with contextlib.suppress(BlockingIOError):
-                    os.read(read_fd, MIB)
+                    os.read(pipe.read_fd, MIB)
     except HostError as e:
         if e.kind == "disk-engine":
             pytest.skip(f"no io_uring here: {e}")
         raise
 
 
-@pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
+@pytest.fixture(params=[0, 1], ids=["loop", "thread"])
+def pipe(request: pytest.FixtureRequest) -> Iterator[Pipe]:
     read_fd, write_fd = os.pipe()
-    yield read_fd, write_fd
+    yield Pipe(read_fd, write_fd, request.param)
     os.close(read_fd)
     os.close(write_fd)
 
@@ -76,58 +86,53 @@ async def stuck_write(rig: Rig[BlkDevice], blk: BlkDriver, write_fd: int) -> tup
     os.set_blocking(write_fd, True)
     slot = blk.submit(OUT, 0, b"x" * 512)
     blk.kick()
-    await settle()
+    await eventually(lambda: rig.device.statistics().counters["batches"] > 0)
     assert blk.status(slot) == 0xFF
     return slot, filled
 
 
-async def test_reset_waits_for_inflight_writes(pipe: tuple[int, int]) -> None:
-    read_fd, write_fd = pipe
-    async with on_a_pipe(read_fd, write_fd) as (rig, blk):
-        slot, filled = await stuck_write(rig, blk, write_fd)
+async def test_reset_waits_for_inflight_writes(pipe: Pipe) -> None:
+    async with on_a_pipe(pipe) as (rig, blk):
+        slot, filled = await stuck_write(rig, blk, pipe.write_fd)
         reset = asyncio.ensure_future(perform(rig.transport.write(mmio.STATUS, 4, 0)))
         await settle()
         assert not reset.done()
         assert rig.driver.read(mmio.STATUS) != 0
-        os.read(read_fd, filled)
+        os.read(pipe.read_fd, filled)
         await reset
         assert rig.driver.read(mmio.STATUS) == 0
         assert blk.status(slot) == OK
-        assert os.read(read_fd, KIB) == b"x" * 512
+        assert os.read(pipe.read_fd, KIB) == b"x" * 512
 
 
-async def test_two_resets_at_once_both_end(pipe: tuple[int, int]) -> None:
-    read_fd, write_fd = pipe
-    async with on_a_pipe(read_fd, write_fd) as (rig, blk):
-        _, filled = await stuck_write(rig, blk, write_fd)
+async def test_two_resets_at_once_both_end(pipe: Pipe) -> None:
+    async with on_a_pipe(pipe) as (rig, blk):
+        _, filled = await stuck_write(rig, blk, pipe.write_fd)
         resets = [
             asyncio.ensure_future(perform(rig.transport.write(mmio.STATUS, 4, 0))) for _ in range(2)
         ]
         await settle()
         assert not any(reset.done() for reset in resets)
-        os.read(read_fd, filled)
+        os.read(pipe.read_fd, filled)
         await asyncio.gather(*resets)
 
 
-async def test_a_fault_leaves_what_is_in_flight_to_the_reset(pipe: tuple[int, int]) -> None:
-    read_fd, write_fd = pipe
-    async with on_a_pipe(read_fd, write_fd) as (rig, blk):
-        slot, filled = await stuck_write(rig, blk, write_fd)
+async def test_a_fault_leaves_what_is_in_flight_to_the_reset(pipe: Pipe) -> None:
+    async with on_a_pipe(pipe) as (rig, blk):
+        slot, filled = await stuck_write(rig, blk, pipe.write_fd)
         rig.driver.queues[0].offer_head(60000)
         blk.kick()
-        await settle()
-        assert rig.device.statistics().last_fault == "bad-head"
-        os.read(read_fd, filled)
+        await eventually(lambda: rig.device.statistics().last_fault == "bad-head")
+        os.read(pipe.read_fd, filled)
         await rig.driver.write(mmio.STATUS, 0)
         assert blk.status(slot) == OK
 
 
 async def test_a_reset_that_is_cancelled_does_not_keep_the_device_from_coming_to_rest(
-    pipe: tuple[int, int],
+    pipe: Pipe,
 ) -> None:
-    read_fd, write_fd = pipe
-    async with on_a_pipe(read_fd, write_fd) as (rig, blk):
-        slot, filled = await stuck_write(rig, blk, write_fd)
+    async with on_a_pipe(pipe) as (rig, blk):
+        slot, filled = await stuck_write(rig, blk, pipe.write_fd)
         reset = asyncio.ensure_future(perform(rig.transport.write(mmio.STATUS, 4, 0)))
         await settle()
         reset.cancel()
@@ -136,6 +141,6 @@ async def test_a_reset_that_is_cancelled_does_not_keep_the_device_from_coming_to
         rest = asyncio.ensure_future(rig.device.quiesce())
         await settle()
         assert not rest.done()
-        os.read(read_fd, filled)
+        os.read(pipe.read_fd, filled)
         await rest
         assert blk.status(slot) == OK
