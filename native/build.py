@@ -22,6 +22,8 @@ MODULES = (
     "net",
     "uart",
     "vcpu",
+    "vdriver",
+    "load",
 )
 
 # In our own builds a warning is an error; a user's newer compiler may know more of them.
