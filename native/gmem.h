@@ -12,7 +12,7 @@ struct av_gmem_region {
     uint8_t *hva;
 };
 
-/* Set up once by Python before any vCPU or queue runs, constant afterwards. */
+/* Set up by Python before any vCPU runs; changed only while no ring runs. */
 struct av_gmem {
     uint32_t count;
     struct av_gmem_region region[8];

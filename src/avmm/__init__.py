@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from avmm.machine.lifecycle import State
     from avmm.machine.machine import MachineStatistics, MicroVM
     from avmm.machine.reason import ExitKind, ExitReason
+    from avmm.vhost_user.server import ServerStatistics, VhostUserServer
     from avmm.virtio.devices.blk import Disk
     from avmm.virtio.devices.net import Tap
     from avmm.virtio.devices.rng import Rng
@@ -40,9 +41,11 @@ _HOMES = {
     "MachineStatistics": "avmm.machine.machine",
     "MicroVM": "avmm.machine.machine",
     "Rng": "avmm.virtio.devices.rng",
+    "ServerStatistics": "avmm.vhost_user.server",
     "SnapshotError": "avmm.errors",
     "State": "avmm.machine.lifecycle",
     "Tap": "avmm.virtio.devices.net",
+    "VhostUserServer": "avmm.vhost_user.server",
 }
 
 __all__ = [
@@ -58,9 +61,11 @@ __all__ = [
     "MachineStatistics",
     "MicroVM",
     "Rng",
+    "ServerStatistics",
     "SnapshotError",
     "State",
     "Tap",
+    "VhostUserServer",
     "__version__",
 ]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import struct
+from typing import Protocol
 
-from avmm.virtio.devices.blk import BlkDevice
-from fakes.driver_queue import Segment
-from fakes.virtio_rig import DATA_GPA, Rig
+from avmm.mem.guest import GuestMemory
+from fakes.driver_queue import DriverQueue, Segment
+from fakes.virtio_rig import DATA_GPA
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -17,10 +18,28 @@ _STATUS_AT = 0x20
 _PENDING = 0xFF
 
 
+class Driver(Protocol):
+    """What drives the device's queues: over virtio-mmio, or over vhost-user."""
+
+    queues: list[DriverQueue]
+
+    def kick(self, index: int) -> None: ...
+    async def used(self, index: int, count: int = 1) -> list[tuple[int, int]]: ...
+
+
+class Driven(Protocol):
+    """A device's memory and its driver."""
+
+    @property
+    def memory(self) -> GuestMemory: ...
+    @property
+    def driver(self) -> Driver: ...
+
+
 class BlkDriver:
     """Places each request in a slot of its own in guest memory."""
 
-    def __init__(self, rig: Rig[BlkDevice]) -> None:
+    def __init__(self, rig: Driven) -> None:
         self.rig = rig
         self._slots = 0
 

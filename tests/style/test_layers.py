@@ -15,7 +15,7 @@ FLOORS = (
     ("native", "loop", "kvm", "mem"),
     ("bus", "pci", "legacy", "boot", "block", "hostnet"),
     ("virtio",),
-    ("machine",),
+    ("machine", "vhost_user"),
     ("snapshot",),
     ("api", "cli", "jailer", "fleet", "bench"),
 )

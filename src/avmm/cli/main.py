@@ -41,6 +41,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _LazyOptions(run, "avmm.cli.run")
+    vhost_user = commands.add_parser(
+        "vhost-user", help="serve a disk or a NIC to another VMM's guest"
+    )
+    _LazyOptions(vhost_user, "avmm.cli.vhost_user")
     doctor = commands.add_parser(
         "doctor", help="say what this host can do, and what to do about it"
     )

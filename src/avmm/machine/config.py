@@ -66,7 +66,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         self._check_memory()
         if self.stop_grace_s < 0:
             raise ConfigError("grace", f"stop_grace_s: {self.stop_grace_s} is negative")
-        self._check_io()
+        check_io(self.io_threads, self.io_poll_us, self.devices())
         self._check_devices()
 
     @classmethod
@@ -133,26 +133,23 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 "memory", f"memory: {self.memory} is not a multiple of {format_size(page)}"
             )
 
-    def _check_io(self) -> None:
-        if not 0 <= self.io_threads <= _IO_THREADS_MAX:
-            raise ConfigError(
-                "io", f"io_threads: {self.io_threads} is not in 0 to {_IO_THREADS_MAX}"
-            )
-        if not 0 <= self.io_poll_us <= _IO_POLL_MAX_US:
-            raise ConfigError(
-                "io", f"io_poll_us: {self.io_poll_us} is not in 0 to {_IO_POLL_MAX_US}"
-            )
-        if self.io_threads == 0:
-            for id, device in self.devices():
-                if device.home == "thread":
-                    raise ConfigError("io", f"{id}: home=thread needs io_threads of 1 or more")
-
     def _check_devices(self) -> None:
         _refuse_twice("id", [id for id, _ in self.devices()], "device id")
         _refuse_twice("tap", [net.name for net in self.nets], "TAP")
         writers = {os.path.realpath(d.path) for d in self.disks if not d.read_only}
         paths = [os.path.realpath(d.path) for d in self.disks]
         _refuse_twice("disk", [p for p in paths if p in writers], "disk")
+
+
+def check_io(threads: int, poll_us: int, devices: Sequence[tuple[str, DeviceConfig]]) -> None:
+    """Raises ConfigError("io") for numbers out of range and for threads that are not there."""
+    if not 0 <= threads <= _IO_THREADS_MAX:
+        raise ConfigError("io", f"io_threads: {threads} is not in 0 to {_IO_THREADS_MAX}")
+    if not 0 <= poll_us <= _IO_POLL_MAX_US:
+        raise ConfigError("io", f"io_poll_us: {poll_us} is not in 0 to {_IO_POLL_MAX_US}")
+    for id, device in devices:
+        if device.home == "thread" and threads == 0:
+            raise ConfigError("io", f"{id}: home=thread needs io_threads of 1 or more")
 
 
 def _refuse_twice(kind: str, names: list[str], what: str) -> None:

@@ -14,10 +14,14 @@ from avmm.units import Gpa
 class GuestMemory:
     """All RAM of one guest. Any thread may read and write; the guest does so at the same time."""
 
-    def __init__(self, regions: tuple[Region, ...]) -> None:
+    def __init__(self, regions: tuple[Region, ...] = ()) -> None:
+        self.native: CData = ffi.new("struct av_gmem *")
+        self._place(regions)
+
+    def _place(self, regions: tuple[Region, ...]) -> None:
+        """Make `regions` all there is. No ring may be running."""
         self.regions = regions
         self.size_bytes = sum(region.size_bytes for region in regions)
-        self.native: CData = ffi.new("struct av_gmem *")
         self.native.count = len(regions)
         for slot, region in enumerate(regions):
             self.native.region[slot].gpa = region.gpa
@@ -33,7 +37,7 @@ class GuestMemory:
         regions: list[Region] = []
         try:
             for gpa, size in ram_ranges(size_bytes):
-                regions.append(Region(gpa, size, hugepages=hugepages))
+                regions.append(Region.create(gpa, size, hugepages=hugepages))
         except OSError as e:
             for region in regions:
                 region.close()

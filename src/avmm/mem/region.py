@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from typing import Self
 
 from avmm.errors import HostError
 from avmm.native import CData, ffi
@@ -17,25 +18,27 @@ _MAP_NORESERVE = 0x4000
 
 
 class Region:
-    """A mapped range of guest RAM.
+    """A mapped range of guest RAM. Owns `mapping`; the range begins `start` bytes into it."""
 
-    Without reserved huge pages the memory is anonymous, asks for transparent huge pages and
-    begins on a 2 MiB boundary. A memfd could be shared with other processes, but on a stock host
-    shmem gets no huge pages: one page fault for each 4 KiB, on our side and in KVM's tables, made
-    a Debian guest reach user space a quarter later.
-    """
-
-    def __init__(self, gpa: Gpa, size_bytes: int, *, hugepages: bool) -> None:
+    def __init__(self, gpa: Gpa, size_bytes: int, mapping: mmap.mmap, start: int) -> None:
         self.gpa = gpa
         self.size_bytes = size_bytes
-        if hugepages:
-            self.map = _map_reserved(size_bytes)
-        else:
-            self.map = _map_anonymous(size_bytes)
-        hva = int(ffi.cast("uintptr_t", ffi.from_buffer(self.map)))
-        start = align_up(hva, HUGE_PAGE_BYTES) - hva
-        self.view = memoryview(self.map)[start : start + size_bytes]
+        self.map = mapping
+        self.view = memoryview(mapping)[start : start + size_bytes]
         self._buffer = ffi.from_buffer("uint8_t[]", self.view)
+
+    @classmethod
+    def create(cls, gpa: Gpa, size_bytes: int, *, hugepages: bool) -> Self:
+        """New memory.
+
+        Without reserved huge pages it is anonymous, asks for transparent huge pages and begins on
+        a 2 MiB boundary. A memfd could be shared with other processes, but on a stock host shmem
+        gets no huge pages: one page fault for each 4 KiB, on our side and in KVM's tables, made a
+        Debian guest reach user space a quarter later.
+        """
+        mapping = _map_reserved(size_bytes) if hugepages else _map_anonymous(size_bytes)
+        hva = int(ffi.cast("uintptr_t", ffi.from_buffer(mapping)))
+        return cls(gpa, size_bytes, mapping, align_up(hva, HUGE_PAGE_BYTES) - hva)
 
     @property
     def native(self) -> CData:

@@ -134,12 +134,15 @@ class VirtioDevice(Hooks):
                 elif transition is Transition.ACTIVATE:
                     self._activate()
 
-    async def set_queue_ready(self, queue: Queue, ready: bool) -> None:
-        """The driver offers a queue, or takes it away (virtio 1.3 section 4.2.2, QueueReady)."""
+    async def set_queue_ready(self, queue: Queue, ready: bool, base: int | None = None) -> None:
+        """The driver offers a queue, or takes it away (virtio 1.3 section 4.2.2, QueueReady).
+
+        base: where the ring begins, as Queue.start() has it; once the driver is set up.
+        """
         async with self._control:
             with self._contained():
                 if ready != queue.ready:
-                    await self._turn_queue(queue, ready)
+                    await self._turn_queue(queue, ready, base)
 
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver wrote its configuration space."""
@@ -248,12 +251,12 @@ class VirtioDevice(Hooks):
         self.interrupts.acknowledge(0xFFFF_FFFF)
         self.state.reset()
 
-    async def _turn_queue(self, queue: Queue, ready: bool) -> None:
+    async def _turn_queue(self, queue: Queue, ready: bool, base: int | None) -> None:
         """One queue starts or stops; the others rest meanwhile and go on where they were."""
         if self.state.driver_ok:
             await self._rest()
         if ready:
-            queue.start(self.state.features)
+            queue.start(self.state.features, base)
         else:
             self._stop_queue(queue)
         queue.ready = ready

@@ -31,7 +31,8 @@ class Queue:
     ready, on vCPU threads; the ring itself belongs to the loop.
 
     ready: the driver said that the queue is set up, and the ring has accepted it.
-    kick_fd: an eventfd that is written when the driver notifies the queue; owned.
+    kick_fd: an eventfd that is written when the driver notifies the queue; owned, unless another
+    one was lent. interrupt: borrowed.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class Queue:
     ) -> None:
         self.index = index
         self.max_size = max_size
-        self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.interrupt = interrupt
+        self._own_kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.kick_fd = self._own_kick_fd
         self.ring: CData = lib.av_vring_create(memory.native, interrupt.native)
         if not self.ring:
-            os.close(self.kick_fd)
+            os.close(self._own_kick_fd)
             raise HostError("memory", op="Virtqueue", errno=ffi.errno)
         self._final_statistics = QueueStatistics(0, 0, 0, 0, 0)
         self.forget()
@@ -89,9 +92,15 @@ class Queue:
         """Where the ring stands, in vhost-user's encoding; also after stop()."""
         return int(lib.av_vring_base(self.ring))
 
+    def lend_kick(self, fd: int) -> None:
+        """Be kicked by somebody else's eventfd, which does not block; the queue's own again when
+        negative. At rest."""
+        self.kick_fd = fd if fd >= 0 else self._own_kick_fd
+
     def notify(self) -> None:
         """As if the driver had written the notification. Any thread."""
-        os.eventfd_write(self.kick_fd, 1)
+        with contextlib.suppress(BlockingIOError):  # full: it says so already
+            os.eventfd_write(self.kick_fd, 1)
 
     def take_kick(self) -> None:
         """Drain kick_fd, for a device that has no native work to do it."""
@@ -118,4 +127,4 @@ class Queue:
             self._final_statistics = self.statistics()
             lib.av_vring_destroy(self.ring)
             self.ring = ffi.NULL
-            os.close(self.kick_fd)
+            os.close(self._own_kick_fd)

@@ -1,0 +1,195 @@
+"""A device of ours behind a unix socket, for the guests of any vhost-user front-end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Self
+
+from avmm.errors import BugError, GuestFault, HostError
+from avmm.machine.config import check_io
+from avmm.machine.eventfd import owned_eventfd
+from avmm.machine.lifecycle import uninterrupted
+from avmm.vhost_user.channel import Channel, readable
+from avmm.vhost_user.listener import Listener
+from avmm.vhost_user.memory import FrontEndMemory
+from avmm.vhost_user.session import Session
+from avmm.vhost_user.transport import VhostUserTransport
+from avmm.virtio.device import DeviceStatistics, VirtioDevice
+from avmm.virtio.devices.blk import Disk
+from avmm.virtio.devices.net import Tap
+from avmm.virtio.devtype import DeviceContext
+from avmm.virtio.home import Homes, HomeStatistics
+from avmm.virtio.interrupt import Interrupts
+from avmm.virtio.state import DEVICE_NEEDS_RESET
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatistics:
+    """connections: front-ends that came so far; connected: whether one is there."""
+
+    connections: int
+    connected: bool
+    device: DeviceStatistics
+    homes: tuple[HomeStatistics, ...]
+
+
+class VhostUserServer:
+    """Serves one device, to one front-end after another; the next one waits for its turn.
+
+        async with VhostUserServer(Disk("disk.img"), "/run/disk.sock") as server:
+            await server.wait()
+
+    The disk or TAP stays open from one connection to the next. A front-end that breaks the
+    protocol loses its connection, no more. Loop.
+
+    io_threads, io_poll_us: as a microVM's Config has them; queues are served by native threads
+    unless there are none. require_seals: refuse guest memory whose file could shrink, which would
+    end this process.
+
+    Entering raises ConfigError and HostError, and then nothing is left behind.
+    """
+
+    def __init__(
+        self,
+        config: Disk | Tap,
+        socket_path: str,
+        *,
+        io_threads: int = 1,
+        io_poll_us: int = 50,
+        require_seals: bool = False,
+    ) -> None:
+        self.id = config.id or config.device_type.name
+        check_io(io_threads, io_poll_us, [(self.id, config)])
+        self.config = config
+        self.socket_path = socket_path
+        self._io_threads = io_threads
+        self._io_poll_us = io_poll_us
+        self._require_seals = require_seals
+        self._stack = AsyncExitStack()
+        self._connections = 0
+        self._connected = False
+        self._device: VirtioDevice
+        self._homes: Homes
+        self._transport: VhostUserTransport
+        self._ended: asyncio.Future[None]
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._open()
+        except BaseException:
+            await uninterrupted(self._stack.aclose())
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await uninterrupted(self._stack.aclose())
+
+    async def wait(self) -> None:
+        """Wait for what ends the service: an error of the host's, or of ours; it is raised."""
+        await asyncio.shield(self._ended)
+
+    @property
+    def device(self) -> VirtioDevice:
+        """The device that is served."""
+        return self._device
+
+    def statistics(self) -> ServerStatistics:
+        """Counters as of now; the device's count since it was made."""
+        return ServerStatistics(
+            self._connections,
+            self._connected,
+            self._device.statistics(),
+            self._homes.statistics(),
+        )
+
+    async def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._ended = loop.create_future()
+        memory = FrontEndMemory(require_seals=self._require_seals)
+        interrupts = Interrupts()
+        self._stack.callback(interrupts.close)
+        self._homes = Homes.create(loop, threads=self._io_threads, poll_us=self._io_poll_us)
+        self._stack.callback(self._homes.close)
+        context = DeviceContext(
+            id=self.id,
+            memory=memory,
+            interrupts=interrupts,
+            homes=self._homes,
+            loop=loop,
+            stack=self._stack,
+            on_error=self._on_error,
+        )
+        self._device = await self.config.device_type.build(self.config, context)
+        self._transport = VhostUserTransport(self._device, memory)
+        config_fd = owned_eventfd(self._stack)
+        interrupts.config.set_fd(config_fd)
+        loop.add_reader(config_fd, self._config_event, config_fd)
+        self._stack.callback(loop.remove_reader, config_fd)
+        listener = Listener(self.socket_path)
+        self._stack.callback(listener.close)
+        task = loop.create_task(self._serve(listener))
+        self._stack.push_async_callback(_cancel, task)
+
+    async def _serve(self, listener: Listener) -> None:
+        try:
+            while True:
+                await readable(listener.socket.fileno())
+                if connection := listener.accept():
+                    await self._serve_one(connection)
+        except Exception as e:
+            self._on_error(e)
+
+    async def _serve_one(self, connection: socket.socket) -> None:
+        channel = Channel(connection)
+        self._connections += 1
+        self._connected = True
+        log.info("%s: a front-end has connected", self.id)
+        try:
+            await Session(self._transport, channel, self._queue_number()).serve()
+            log.info("%s: the front-end has closed the connection", self.id)
+        except (GuestFault, HostError) as e:
+            log.warning("%s: the connection is closed: %s", self.id, e)
+        finally:
+            await uninterrupted(self._let_go(channel))
+
+    async def _let_go(self, channel: Channel) -> None:
+        """In this order: a front-end that comes back finds the rings as the device left them."""
+        try:
+            await self._transport.end()
+        finally:
+            channel.close()
+            self._connected = False
+
+    def _queue_number(self) -> int:
+        """Of a NIC in pairs of queues, as its front-ends count them."""
+        queues = len(self._device.queues)
+        return queues // 2 if isinstance(self.config, Tap) else queues
+
+    def _config_event(self, config_fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(config_fd)
+        if self._device.state.status & DEVICE_NEEDS_RESET:
+            self._transport.signal_error()
+
+    def _on_error(self, error: BaseException) -> None:
+        if self._ended.done():
+            return
+        if not isinstance(error, (GuestFault, HostError, BugError)):
+            bug = BugError("vhost-user", f"{type(error).__name__}: {error}")
+            bug.__cause__ = error
+            error = bug
+        self._ended.set_exception(error)
+        self._ended.exception()  # seen: nobody need be waiting
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])

@@ -1,0 +1,42 @@
+"""A disk's server, and what it holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from avmm.units import MIB
+from avmm.vhost_user.server import VhostUserServer
+from avmm.virtio.devices.blk import Disk
+
+DISK_BYTES = 4 * MIB
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """An image of random bytes."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(DISK_BYTES))
+    return path
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path) -> Iterator[str]:
+    """Short enough for a unix socket, wherever pytest keeps its folders."""
+    fd = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+    yield f"/proc/self/fd/{fd}/s"
+    os.close(fd)
+
+
+@pytest_asyncio.fixture(params=[0, 1], ids=["loop", "thread"])
+async def server(
+    request: pytest.FixtureRequest, image: Path, socket_path: str
+) -> AsyncIterator[VhostUserServer]:
+    """Of `image`, on the loop and on an I/O thread."""
+    disk = Disk(str(image), serial="served")
+    async with VhostUserServer(disk, socket_path, io_threads=request.param) as server:
+        yield server
