@@ -1,4 +1,4 @@
-/* The split virtqueue, device side (virtio 1.3 section 2.7). */
+/* The virtqueue, device side: split or packed (virtio 1.3 sections 2.7 and 2.8). */
 #ifndef AV_VRING_H
 #define AV_VRING_H
 
@@ -21,6 +21,7 @@ enum av_fault {
     AV_FAULT_CHAIN_LONG,
     AV_FAULT_CHAIN_BYTES,
     AV_FAULT_ZERO_LENGTH,
+    AV_FAULT_BAD_ID,
     AV_FAULT_REQUEST
 };
 const char *av_fault_name(int fault);
@@ -36,12 +37,16 @@ struct av_vring_stats {
     uint16_t next_avail;
     uint16_t next_used;
     uint8_t running;
+    uint8_t packed;
     uint8_t event_idx;
+    uint8_t in_order;
 };
 
 /* Where the driver put a ring (virtio 1.3 section 2.6), what was negotiated, where to begin.
- * resume: go on at `base` as vhost-user's GET_VRING_BASE gives it, not in an empty ring: for a
- * split ring the available index, whose used index is read from memory. */
+ * resume: go on at `base` as vhost-user's GET_VRING_BASE gives it, not in an empty ring. For a
+ * split ring that is the available index, and the used index is read from memory; for a packed one
+ * the offset and, in bit 15, the wrap counter of the next chain to take, and in the upper half of
+ * the next used descriptor. */
 struct av_vring_setup {
     uint64_t desc_gpa;
     uint64_t driver_gpa;
@@ -64,8 +69,9 @@ uint32_t av_vring_base(const struct av_vring *ring);
 void av_vring_statistics(const struct av_vring *ring, struct av_vring_stats *out);
 int av_vring_fault(const struct av_vring *ring);
 
-/* One descriptor chain: `readable` segments of the driver's data, then `writable` ones of room,
- * all checked addresses in guest memory. */
+/* One descriptor chain, by the index of its head or, in a packed ring, by its buffer id:
+ * `readable` segments of the driver's data, then `writable` ones of room, all checked addresses in
+ * guest memory. */
 struct av_chain {
     uint16_t head;
     uint16_t readable;
@@ -79,7 +85,9 @@ struct av_chain {
 int av_vring_pop(struct av_vring *ring, struct av_chain *out, struct iovec *iov, uint32_t iov_max);
 /* Give back the chain popped last; called again, the one before it, and so on. */
 void av_vring_unpop(struct av_vring *ring);
-/* Fill the next used element; the driver does not see it before av_vring_flush(). */
+/* Fill the next used element; the driver does not see it before av_vring_flush(). A device that
+ * offers IN_ORDER gives chains back as it took them, and of each what it says is written is
+ * written from the front. */
 void av_vring_push(struct av_vring *ring, uint16_t head, uint32_t written_bytes);
 /* Show all pushed elements to the driver and interrupt it at most once, if it wants that. */
 void av_vring_flush(struct av_vring *ring);
@@ -96,5 +104,8 @@ void av_vring_count_kick(struct av_vring *ring);
 /* Drain the kick eventfd (none when negative) and count the kick. */
 void av_vring_take_kick(struct av_vring *ring, int kick_fd);
 /* cdef end */
+
+/* Entries of a ring, or of an indirect table, at most. */
+#define AV_VRING_SIZE_MAX 1024u
 
 #endif

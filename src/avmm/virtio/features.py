@@ -7,6 +7,8 @@ from typing import Final
 RING_INDIRECT_DESC: Final = 1 << 28
 RING_EVENT_IDX: Final = 1 << 29
 VERSION_1: Final = 1 << 32
+RING_PACKED: Final = 1 << 34
+IN_ORDER: Final = 1 << 35
 
 TRANSPORT: Final = RING_INDIRECT_DESC | RING_EVENT_IDX | VERSION_1
 """What every device of avmm offers."""

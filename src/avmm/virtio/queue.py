@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from avmm.errors import GuestFault, HostError
 from avmm.mem.guest import GuestMemory
 from avmm.native import CData, ffi, lib
+from avmm.virtio.features import RING_PACKED
 from avmm.virtio.interrupt import Interrupt
 
 NO_FAULT = "none"
@@ -65,10 +66,11 @@ class Queue:
         Raises GuestFault("queue-size" | "queue-address").
         """
         size = self.size
-        if not 0 < size <= self.max_size or size & (size - 1):
+        packed = features & RING_PACKED
+        if not 0 < size <= self.max_size or (size & (size - 1) and not packed):
+            what = "from 1" if packed else "a power of two"
             raise GuestFault(
-                "queue-size",
-                f"Queue {self.index}: size {size} is not a power of two up to {self.max_size}",
+                "queue-size", f"Queue {self.index}: size {size} is not {what} to {self.max_size}"
             )
         setup = ffi.new("struct av_vring_setup *")
         setup.desc_gpa, setup.driver_gpa = self.desc_gpa, self.driver_gpa
@@ -77,10 +79,11 @@ class Queue:
         if base is not None:
             setup.resume, setup.base = True, base
         if lib.av_vring_start(self.ring, setup) < 0:
+            begin = "" if base is None else f" from {base:#x} on"
             raise GuestFault(
                 "queue-address",
                 f"Queue {self.index}: {self.desc_gpa:#x}, {self.driver_gpa:#x}, "
-                f"{self.device_gpa:#x}: unaligned or outside memory",
+                f"{self.device_gpa:#x}{begin}: unaligned or outside memory or the ring",
             )
 
     def stop(self) -> None:
