@@ -292,6 +292,19 @@ void av_lane_unlock(struct av_lane *lane)
     unlock(lane->home);
 }
 
+void av_lane_wake(struct av_lane *lane)
+{
+    if (!lane->registered)
+        return;
+    lane->runnable = true;
+    signal_fd(lane->home->wake_fd);
+}
+
+void av_lane_news(struct av_lane *lane)
+{
+    give_notice(lane, AV_LANE_NEWS);
+}
+
 static int watch_sources(struct av_lane *lane)
 {
     for (uint32_t i = 0; i < lane->sources; i++) {
@@ -321,8 +334,7 @@ int av_lane_start(struct av_lane *lane)
     if (result == 0) {
         lane->registered = lane->taking = true;
         /* The driver may have offered chains while its kicks were switched off. */
-        lane->runnable = true;
-        signal_fd(lane->home->wake_fd);
+        av_lane_wake(lane);
     }
     unlock(lane->home);
     return result;

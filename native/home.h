@@ -24,7 +24,7 @@ struct av_home *av_home_create(int *error); /* NULL: *error is the errno */
 void av_home_destroy(struct av_home *home);
 /* Readable when a turn has something to do; for a home without a thread. */
 int av_home_fd(const struct av_home *home);
-/* Readable when a lane came to rest or failed: then ask each by av_lane_notice(). Drain it. */
+/* Readable when a lane rests, failed or has news: then ask each by av_lane_notice(). Drain it. */
 int av_home_notice_fd(const struct av_home *home);
 /* Run what is ready, a bounded amount, without waiting. 1 when there is more to do. */
 int av_home_turn(struct av_home *home);
@@ -35,7 +35,8 @@ void av_home_statistics(struct av_home *home, struct av_home_stats *out);
 
 /* A lane is made by its device and belongs to one home for all its life, at rest at first. */
 struct av_lane;
-enum av_lane_notice { AV_LANE_RESTED = 1, AV_LANE_FAILED = 2 };
+/* AV_LANE_NEWS: the device itself has something to tell. */
+enum av_lane_notice { AV_LANE_RESTED = 1, AV_LANE_FAILED = 2, AV_LANE_NEWS = 4 };
 /* The descriptor that announces chains on the lane's ring `index`; borrowed, -1: none. At rest. */
 void av_lane_set_kick(struct av_lane *lane, uint32_t index, int kick_fd);
 /* Take chains, beginning with those already there. 0 or -errno. Nothing when it runs. */

@@ -57,5 +57,9 @@ uint32_t av_lane_add_source(struct av_lane *lane, int fd, uint32_t epoll_events)
 /* For changes to what runs use, from other threads. */
 void av_lane_lock(struct av_lane *lane);
 void av_lane_unlock(struct av_lane *lane);
+/* Run soon, if it takes chains: what it works on changed. With the lock held. */
+void av_lane_wake(struct av_lane *lane);
+/* Tell the loop to ask the device, by AV_LANE_NEWS. With the lock held. */
+void av_lane_news(struct av_lane *lane);
 
 #endif

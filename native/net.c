@@ -1,280 +1,194 @@
-#include "net.h"
+#include "net_internal.h"
 
 #include <errno.h>
-#include <stdbool.h>
+#include <poll.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/uio.h>
-#include <unistd.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
 
-#define HEADER_BYTES 12u
-#define NUM_BUFFERS_AT 10u
-#define PACKET_MAX_BYTES (HEADER_BYTES + 65536u + 64u)
-#define IOV_MAX_COUNT 1024u /* what readv takes */
-#define CHAIN_IOV_MAX 256u
-#define HELD_MAX 64u
+/* Source numbers. */
+#define RX_KICK 0u
+#define TX_KICK 1u
+#define TAP 2u
 
-/* A receive buffer taken from the ring and not filled yet. */
-struct held {
-    uint16_t head;
-    uint16_t iov_count;
-    uint32_t bytes;
+static struct av_net *of(struct av_lane *lane)
+{
+    return (struct av_net *)lane;
+}
+
+static bool can_receive(const struct av_net *net)
+{
+    return net->lane.taking && net->link_up;
+}
+
+static bool can_transmit(const struct av_net *net)
+{
+    return net->lane.taking && !net->tx.full;
+}
+
+static int net_run(struct av_lane *lane, uint32_t ready)
+{
+    struct av_net *net = of(lane);
+    int received = 0, sent = 0;
+
+    if (ready & 1u << RX_KICK)
+        av_vring_count_kick(net->rx.ring);
+    if (ready & 1u << TX_KICK)
+        av_vring_count_kick(net->tx.ring);
+    if (ready & 1u << TAP) {
+        net->rx.readable = true;
+        net->tx.full = false;
+    }
+    if (can_receive(net) && net->rx.readable)
+        received = av_net_receive(net);
+    if (can_transmit(net))
+        sent = av_net_transmit(net);
+    if (received < 0 || sent < 0)
+        return received < 0 ? received : sent;
+    return received | sent;
+}
+
+/* Whether the TAP takes packets again. A TAP remembers to tell only when it was asked while it
+ * was full, so an event may never come by itself. */
+static bool tap_has_room(struct av_net *net)
+{
+    struct pollfd poll_fd = { .fd = net->fd, .events = POLLOUT };
+
+    net->tx.full = poll(&poll_fd, 1, 0) == 0;
+    return !net->tx.full;
+}
+
+static bool net_arm(struct av_lane *lane)
+{
+    struct av_net *net = of(lane);
+    bool more = false;
+
+    if (!lane->taking)
+        return false;
+    if (net->tx.full)
+        more = tap_has_room(net);
+    else
+        more = av_vring_kicks_on(net->tx.ring) != 0;
+    /* While the guest has room, the TAP's event goes on with the ring, not a kick. */
+    if (can_receive(net) && net->rx.starved)
+        more |= av_vring_kicks_on(net->rx.ring) != 0;
+    return more;
+}
+
+static bool net_pending(struct av_lane *lane)
+{
+    struct av_net *net = of(lane);
+
+    if (can_receive(net) && net->rx.starved && av_vring_pending(net->rx.ring))
+        return true;
+    return can_transmit(net) && av_vring_pending(net->tx.ring);
+}
+
+static bool net_idle(const struct av_lane *lane)
+{
+    (void)lane;
+    return true; /* a run ends what it begins; buffers held are the ring's affair */
+}
+
+static const struct av_lane_ops lane_ops = {
+    .run = net_run,
+    .arm = net_arm,
+    .pending = net_pending,
+    .idle = net_idle,
 };
 
-struct av_net {
-    int fd;
-    bool mergeable;
-    uint32_t packet_max; /* header included */
-    struct av_vring *rx;
-    struct av_vring *tx;
-    /* Buffers held are contiguous: held[first_held..held_end) own iov[first_iov..iov_end). */
-    uint32_t first_held, held_end;
-    uint32_t first_iov, iov_end;
-    uint32_t held_bytes;
-    uint32_t staged; /* bytes of a packet that waits in `staging` for buffers; 0: none */
-    struct av_net_stats stats;
-    struct held held[HELD_MAX];
-    struct iovec iov[IOV_MAX_COUNT];
-    uint8_t staging[PACKET_MAX_BYTES];
-};
+static int set_up(struct av_net *net, struct av_home *home, int fd)
+{
+    /* A mapping of its own, so that it costs memory only where packets reach it. */
+    void *staging = mmap(NULL, AV_NET_PACKET_MAX_BYTES, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int result;
 
-struct av_net *av_net_create(int fd, struct av_vring *rx, struct av_vring *tx)
+    if (staging == MAP_FAILED)
+        return errno;
+    net->rx.staging = staging;
+    result = av_lane_init(&net->lane, home, &lane_ops, 2);
+    if (result == 0)
+        av_lane_add_source(&net->lane, fd, EPOLLIN | EPOLLOUT);
+    return -result;
+}
+
+struct av_net *av_net_create(struct av_home *home, int fd, struct av_vring *rx,
+                             struct av_vring *tx, int *error)
 {
     struct av_net *net = calloc(1, sizeof(*net));
 
-    if (net != NULL) {
-        net->fd = fd;
-        net->rx = rx;
-        net->tx = tx;
+    if (net == NULL) {
+        *error = ENOMEM;
+        return NULL;
+    }
+    net->fd = fd;
+    net->rx.ring = rx;
+    net->tx.ring = tx;
+    net->rx.readable = net->link_up = true;
+    *error = set_up(net, home, fd);
+    if (*error != 0) {
+        av_net_destroy(net);
+        return NULL;
     }
     return net;
 }
 
 void av_net_destroy(struct av_net *net)
 {
+    if (net == NULL)
+        return;
+    av_lane_fini(&net->lane);
+    if (net->rx.staging != NULL)
+        munmap(net->rx.staging, AV_NET_PACKET_MAX_BYTES);
     free(net);
 }
 
-void av_net_start(struct av_net *net, int mergeable, uint32_t frame_max_bytes)
+struct av_lane *av_net_lane(struct av_net *net)
 {
-    net->mergeable = mergeable != 0;
-    net->packet_max = HEADER_BYTES + frame_max_bytes;
-    if (net->packet_max > PACKET_MAX_BYTES)
-        net->packet_max = PACKET_MAX_BYTES;
+    return &net->lane;
+}
+
+void av_net_start(struct av_net *net, int mergeable)
+{
+    net->rx.mergeable = mergeable != 0;
+    net->rx.guess = AV_NET_HEADER_BYTES;
 }
 
 void av_net_stop(struct av_net *net)
 {
-    net->first_held = net->held_end = 0;
-    net->first_iov = net->iov_end = 0;
-    net->held_bytes = 0;
-    net->staged = 0;
+    struct av_net_rx *rx = &net->rx;
+
+    rx->first_held = rx->held_end = 0;
+    rx->first_iov = rx->iov_end = 0;
+    rx->held_bytes = rx->staged = 0;
+    rx->starved = false;
 }
 
-void av_net_statistics(const struct av_net *net, struct av_net_stats *out)
+void av_net_set_link(struct av_net *net, int up)
 {
+    av_lane_lock(&net->lane);
+    net->link_up = up != 0;
+    /* Its events came to nothing meanwhile. */
+    net->rx.readable = true;
+    av_lane_wake(&net->lane);
+    av_lane_unlock(&net->lane);
+}
+
+int av_net_take_error(struct av_net *net)
+{
+    int error;
+
+    av_lane_lock(&net->lane);
+    error = net->error;
+    net->error = 0;
+    av_lane_unlock(&net->lane);
+    return error;
+}
+
+void av_net_statistics(struct av_net *net, struct av_net_stats *out)
+{
+    av_lane_lock(&net->lane);
     *out = net->stats;
-}
-
-static void compact(struct av_net *net)
-{
-    uint32_t held = net->held_end - net->first_held, iov = net->iov_end - net->first_iov;
-
-    memmove(net->held, &net->held[net->first_held], held * sizeof(net->held[0]));
-    memmove(net->iov, &net->iov[net->first_iov], iov * sizeof(net->iov[0]));
-    net->first_held = net->first_iov = 0;
-    net->held_end = held;
-    net->iov_end = iov;
-}
-
-/* Whether no more buffers can be held, however small they are. */
-static bool hold_full(const struct av_net *net)
-{
-    return net->held_end == HELD_MAX || net->iov_end + CHAIN_IOV_MAX > IOV_MAX_COUNT;
-}
-
-/* Hold buffers for one packet of the largest kind, if the guest has that many; 0 or -EPROTO. */
-static int gather(struct av_net *net)
-{
-    if (net->held_bytes >= net->packet_max || (!net->mergeable && net->held_bytes != 0))
-        return 0;
-    compact(net);
-    while (net->held_bytes < net->packet_max && !hold_full(net)) {
-        struct av_chain chain;
-        int result = av_vring_pop(net->rx, &chain, &net->iov[net->iov_end], CHAIN_IOV_MAX);
-
-        if (result <= 0)
-            return result;
-        if (chain.readable != 0 || chain.writable_bytes < HEADER_BYTES) {
-            av_vring_fail(net->rx, AV_FAULT_REQUEST);
-            return -EPROTO;
-        }
-        net->held[net->held_end++] = (struct held){
-            .head = chain.head, .iov_count = chain.writable, .bytes = chain.writable_bytes
-        };
-        net->iov_end += chain.writable;
-        net->held_bytes += chain.writable_bytes;
-        if (!net->mergeable)
-            break;
-    }
-    return 0;
-}
-
-/* Write into the buffers held, from `offset` on. */
-static void scatter(struct av_net *net, uint32_t offset, const uint8_t *from, uint32_t count)
-{
-    for (uint32_t i = net->first_iov; count != 0; i++) {
-        uint32_t length = (uint32_t)net->iov[i].iov_len, piece;
-
-        if (offset >= length) {
-            offset -= length;
-            continue;
-        }
-        piece = length - offset < count ? length - offset : count;
-        memcpy((uint8_t *)net->iov[i].iov_base + offset, from, piece);
-        from += piece;
-        count -= piece;
-        offset = 0;
-    }
-}
-
-/* Give the guest the packet of `bytes` that lies at the front of the buffers held. */
-static void deliver(struct av_net *net, uint32_t bytes)
-{
-    uint8_t num_buffers[2];
-    uint32_t count = 0, left = bytes, room = 0;
-
-    while (room < bytes)
-        room += net->held[net->first_held + count++].bytes;
-    /* The TAP knows nothing of merged buffers, so this field is ours to fill (5.1.6.4). */
-    num_buffers[0] = (uint8_t)count;
-    num_buffers[1] = (uint8_t)(count >> 8);
-    scatter(net, NUM_BUFFERS_AT, num_buffers, sizeof(num_buffers));
-    for (; count != 0; count--) {
-        const struct held *held = &net->held[net->first_held++];
-        uint32_t used = left < held->bytes ? left : held->bytes;
-
-        av_vring_push(net->rx, held->head, used);
-        net->first_iov += held->iov_count;
-        net->held_bytes -= held->bytes;
-        left -= used;
-    }
-    net->stats.rx_packets++;
-    net->stats.rx_bytes += bytes - HEADER_BYTES;
-}
-
-/* One packet into our own buffer, since the guest's might be too small; as receive(). */
-static int receive_staged(struct av_net *net)
-{
-    if (net->staged == 0) {
-        ssize_t got = read(net->fd, net->staging, sizeof(net->staging));
-        if (got <= 0)
-            return got == 0 ? -EIO : -errno;
-        if (got < (ssize_t)HEADER_BYTES)
-            return 1;
-        net->staged = (uint32_t)got;
-    }
-    if (net->staged > net->held_bytes) {
-        if (net->mergeable && !hold_full(net))
-            return 0;
-        net->stats.rx_dropped++;
-        net->staged = 0;
-        return 1;
-    }
-    scatter(net, 0, net->staging, net->staged);
-    net->stats.rx_copied++;
-    deliver(net, net->staged);
-    net->staged = 0;
-    return 1;
-}
-
-/* One packet; 1 done, 0 the guest has no room for it, -EAGAIN the TAP is empty, or -errno. */
-static int receive(struct av_net *net)
-{
-    int result = gather(net);
-    ssize_t got;
-
-    if (result < 0)
-        return result;
-    if (net->held_bytes == 0)
-        return 0;
-    if (net->staged != 0 || net->held_bytes < net->packet_max)
-        return receive_staged(net);
-    got = readv(net->fd, &net->iov[net->first_iov], (int)(net->iov_end - net->first_iov));
-    if (got <= 0)
-        return got == 0 ? -EIO : -errno;
-    if (got >= (ssize_t)HEADER_BYTES)
-        deliver(net, (uint32_t)got);
-    return 1;
-}
-
-int av_net_rx(struct av_net *net, int kick_fd, uint32_t budget)
-{
-    int result = 1;
-
-    av_vring_take_kick(net->rx, kick_fd);
-    av_vring_kicks_off(net->rx);
-    for (;;) {
-        if (budget-- == 0)
-            break;
-        result = receive(net);
-        /* Out of buffers: only now are kicks wanted, and some may have come meanwhile. */
-        if (result == 0 && !av_vring_kicks_on(net->rx))
-            break;
-        if (result < 0)
-            break;
-    }
-    av_vring_flush(net->rx);
-    if (result > 0)
-        return AV_NET_MORE;
-    if (result == 0)
-        return AV_NET_NO_BUFFERS;
-    return result == -EAGAIN ? 0 : result;
-}
-
-/* Send one chain; 0, or -EAGAIN when the TAP is full. */
-static int transmit(struct av_net *net, const struct av_chain *chain)
-{
-    ssize_t sent = -1;
-
-    if (chain->readable_bytes > HEADER_BYTES) {
-        sent = writev(net->fd, chain->iov, chain->readable);
-        if (sent < 0 && errno == EAGAIN)
-            return -EAGAIN;
-    }
-    if (sent < 0) {
-        /* The header is the guest's, and the TAP refuses what makes no sense; or the link is
-         * down. Either way a real wire would have lost it. */
-        net->stats.tx_dropped++;
-    } else {
-        net->stats.tx_packets++;
-        net->stats.tx_bytes += (uint64_t)sent - HEADER_BYTES;
-    }
-    av_vring_push(net->tx, chain->head, 0);
-    return 0;
-}
-
-int av_net_tx(struct av_net *net, int kick_fd, uint32_t budget)
-{
-    struct iovec iov[CHAIN_IOV_MAX];
-    struct av_chain chain;
-    int result = 0, state = 0;
-
-    av_vring_take_kick(net->tx, kick_fd);
-    do {
-        av_vring_kicks_off(net->tx);
-        while ((result = av_vring_pop(net->tx, &chain, iov, CHAIN_IOV_MAX)) > 0) {
-            if (budget == 0)
-                state = AV_NET_MORE;
-            else if (transmit(net, &chain) < 0)
-                state = AV_NET_TAP_FULL;
-            if (state != 0) {
-                av_vring_unpop(net->tx);
-                break;
-            }
-            budget--;
-        }
-    } while (result == 0 && av_vring_kicks_on(net->tx));
-    av_vring_flush(net->tx);
-    return result < 0 ? result : state;
+    av_lane_unlock(&net->lane);
 }

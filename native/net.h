@@ -1,44 +1,42 @@
-/* The network device's datapath: two rings and a TAP (virtio 1.3 section 5.1.6). */
+/* The network device's datapath: a pair of rings and a TAP queue (virtio 1.3 section 5.1.6). A
+ * device has one of these a queue pair, so pairs share nothing and need no lock. */
 #ifndef AV_NET_H
 #define AV_NET_H
 
 #include <stdint.h>
 
+#include "home.h"
 #include "vring.h"
 
 /* cdef begin */
-/* What a call leaves behind; 0: all is done until the next event. */
-enum av_net_state {
-    AV_NET_MORE = 1,       /* the budget is used up: call again */
-    AV_NET_NO_BUFFERS = 2, /* the guest has no room: wait for its kick, not for the TAP */
-    AV_NET_TAP_FULL = 4    /* the TAP takes no more now: wait until it is writable */
-};
-
 struct av_net_stats {
     uint64_t rx_packets;
     uint64_t rx_bytes;   /* headers not counted */
-    uint64_t rx_dropped; /* larger than the buffers of a guest that does not merge them */
-    uint64_t rx_copied;  /* by way of a buffer of our own, for want of the guest's */
+    uint64_t rx_dropped; /* larger than the buffers the guest has for one packet */
+    uint64_t rx_copied;  /* larger than the buffers taken for them, so in part by way of ours */
     uint64_t tx_packets;
     uint64_t tx_bytes;
-    uint64_t tx_dropped; /* refused by the TAP, or shorter than a header */
+    uint64_t tx_dropped; /* refused by the TAP, shorter than a header, or without a cable */
 };
 
-/* One thread uses a device. fd: a non-blocking TAP whose packets begin with the 12 bytes of
- * struct virtio_net_hdr_v1, borrowed; so are the rings. */
+/* home and rings are borrowed. fd: a non-blocking TAP queue whose packets begin with the 12 bytes
+ * of struct virtio_net_hdr_v1, borrowed. NULL: *error is the errno. */
 struct av_net;
-struct av_net *av_net_create(int fd, struct av_vring *rx, struct av_vring *tx); /* NULL: errno */
-void av_net_destroy(struct av_net *net);
-/* The driver is ready. mergeable: MRG_RXBUF was negotiated. frame_max_bytes: the largest frame
- * that can come, without the header. */
-void av_net_start(struct av_net *net, int mergeable, uint32_t frame_max_bytes);
-/* Forget buffers that were taken and not used: the driver resets the ring. */
+struct av_net *av_net_create(struct av_home *home, int fd, struct av_vring *rx,
+                             struct av_vring *tx, int *error);
+void av_net_destroy(struct av_net *net); /* its lane is at rest */
+/* Kick 0: the receive ring's, 1: the transmit ring's. News: the TAP fails, see below. */
+struct av_lane *av_net_lane(struct av_net *net);
+/* At rest: what was negotiated. mergeable: MRG_RXBUF. */
+void av_net_start(struct av_net *net, int mergeable);
+/* At rest: forget buffers that were taken and not used; the driver resets the receive ring. */
 void av_net_stop(struct av_net *net);
-/* From the TAP to the guest, and back; at most `budget` packets. Both drain kick_fd and return
- * av_net_state bits, -EPROTO, or -errno of the TAP. */
-int av_net_rx(struct av_net *net, int kick_fd, uint32_t budget);
-int av_net_tx(struct av_net *net, int kick_fd, uint32_t budget);
-void av_net_statistics(const struct av_net *net, struct av_net_stats *out);
+/* Whether the cable is in. Without it nothing is received, and what the guest sends is lost. */
+void av_net_set_link(struct av_net *net, int up);
+/* The errno with which the TAP refused to be read since the last call, 0: none. Nothing is
+ * received after one, until av_net_set_link(). */
+int av_net_take_error(struct av_net *net);
+void av_net_statistics(struct av_net *net, struct av_net_stats *out);
 /* cdef end */
 
 #endif

@@ -1,6 +1,5 @@
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 #include "vring_internal.h"
 
@@ -98,14 +97,6 @@ int av_vring_fault(const struct av_vring *ring)
 void av_vring_fail(struct av_vring *ring, int fault)
 {
     ring->fault = fault;
-}
-
-void av_vring_take_kick(struct av_vring *ring, int kick_fd)
-{
-    uint64_t kicks;
-
-    if (kick_fd >= 0 && read(kick_fd, &kicks, sizeof(kicks)) == sizeof(kicks))
-        ring->stats.kicks += kicks;
 }
 
 void av_vring_count_kick(struct av_vring *ring)

@@ -101,8 +101,6 @@ int av_vring_pending(const struct av_vring *ring);
 void av_vring_fail(struct av_vring *ring, int fault);
 /* A kick came. */
 void av_vring_count_kick(struct av_vring *ring);
-/* Drain the kick eventfd (none when negative) and count the kick. */
-void av_vring_take_kick(struct av_vring *ring, int kick_fd);
 /* cdef end */
 
 /* Entries of a ring, or of an indirect table, at most. */

@@ -71,6 +71,9 @@ class Hooks:
         a bounded amount. True when there is more to do. Raises GuestFault or HostError."""
         raise BugError("device", f"queue {index} has neither a lane nor a kick()")
 
+    def on_news(self) -> None:
+        """A native lane has something to tell."""
+
     def on_config_write(self, offset: int, data: bytes) -> None:
         """The driver wrote its configuration space; nothing is writable by default."""
 
@@ -120,9 +123,13 @@ class VirtioDevice(Hooks):
         def on_failure(result: int) -> None:
             self._on_error(self.failure(result, op))
 
-        lane = Lane(native, home, queues, on_failure)
+        lane = Lane(native, home, queues, on_failure, self._tell_news)
         self.context.stack.callback(lane.close)
         self._lanes.append(lane)
+
+    def _tell_news(self) -> None:
+        with self._contained():
+            self.on_news()
 
     async def set_status(self, value: int) -> None:
         """The driver wrote the status field; returns when all that follows from it is done."""

@@ -121,15 +121,22 @@ class Lane:
 
     queues: those whose chains it takes, in the order of its kick descriptors.
     on_failure: called with -errno when it stopped by itself; -EPROTO is the guest's doing.
+    on_news: called when the native device has something to tell.
     """
 
     def __init__(
-        self, native: CData, home: Home, queues: Sequence[Queue], on_failure: Callable[[int], None]
+        self,
+        native: CData,
+        home: Home,
+        queues: Sequence[Queue],
+        on_failure: Callable[[int], None],
+        on_news: Callable[[], None],
     ) -> None:
         self.queues = tuple(queues)
         self._native = native
         self._home = home
         self._on_failure = on_failure
+        self._on_news = on_news
         self._rested = asyncio.Event()
         home.add(self)
 
@@ -158,6 +165,8 @@ class Lane:
         notice = int(lib.av_lane_notice(self._native))
         if notice & lib.AV_LANE_RESTED:
             self._rested.set()
+        if notice & lib.AV_LANE_NEWS:
+            self._on_news()
         if notice & lib.AV_LANE_FAILED:
             self._on_failure(int(lib.av_lane_error(self._native)))
 

@@ -1,4 +1,4 @@
-"""Binds descriptors to the work they announce, on a home: here the asyncio loop.
+"""Binds descriptors to the work that Python does for them on the asyncio loop.
 
 Work is bounded a turn: a callback that returns True has more to do and is called again after
 everything else that is ready had its turn.
@@ -25,7 +25,6 @@ class Pump:
         self._on_error = on_error
         self._work: dict[int, Work] = {}
         self._again: dict[int, asyncio.Handle] = {}
-        self._writers: set[int] = set()
 
     def watch(self, fd: int, work: Work) -> None:
         """Call `work` whenever `fd` is readable, until unwatch(). Idempotent."""
@@ -40,19 +39,10 @@ class Pump:
         if again := self._again.pop(fd, None):
             again.cancel()
 
-    def when_writable(self, fd: int, action: Callable[[], None]) -> None:
-        """Call `action` once, when `fd` is writable. Idempotent until then."""
-        if fd not in self._writers:
-            self._writers.add(fd)
-            self._loop.add_writer(fd, self._run_writer, fd, action)
-
     def stop(self) -> None:
         """Watch nothing any more. Idempotent."""
         for fd in tuple(self._work):
             self.unwatch(fd)
-        for fd in self._writers:
-            self._loop.remove_writer(fd)
-        self._writers.clear()
 
     def _run(self, fd: int) -> None:
         if self._again and (again := self._again.pop(fd, None)):
@@ -67,11 +57,3 @@ class Pump:
             return
         if more and fd in self._work:
             self._again[fd] = self._loop.call_soon(self._run, fd)
-
-    def _run_writer(self, fd: int, action: Callable[[], None]) -> None:
-        self._writers.discard(fd)
-        self._loop.remove_writer(fd)
-        try:
-            action()
-        except Exception as e:
-            self._on_error(e)

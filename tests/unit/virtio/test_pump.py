@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -95,19 +94,3 @@ async def test_watching_twice_is_watching_once(event_fd: int) -> None:
     pump.unwatch(event_fd)
     pump.unwatch(event_fd)
     assert calls == ["first"]
-
-
-async def test_when_writable_is_called_once_and_stop_takes_it_back() -> None:
-    pump, _ = make_pump()
-    calls: list[int] = []
-    left, right = socket.socketpair()
-    with left, right:
-        left.setblocking(False)
-        pump.when_writable(left.fileno(), lambda: calls.append(1))
-        await settle()
-        assert calls == [1]
-        pump.when_writable(left.fileno(), lambda: calls.append(2))
-        pump.stop()
-        await settle()
-        assert calls == [1]
-        assert not asyncio.get_running_loop().remove_writer(left.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import struct
@@ -24,9 +23,6 @@ log = logging.getLogger(__name__)
 
 RX, TX = 0, 1
 QUEUE_SIZE = 256
-_BUDGET_PACKETS = 128
-_ETHERNET_BYTES = 14 + 4
-_LARGE_FRAME_BYTES = 65536 + _ETHERNET_BYTES
 _S_LINK_UP = 1
 
 # struct virtio_net_config up to mtu (5.1.4).
@@ -89,40 +85,32 @@ class NetDevice(VirtioDevice):
         self.mac = parse_mac(config.mac, f"Net {tap.name}") if config.mac else _random_mac()
         self._mtu = config.mtu
         self._link_up = True
+        home = context.homes.pick(config.home)
         rx, tx = self.queues
-        self._native = lib.av_net_create(tap.fd, rx.ring, tx.ring)
+        error = ffi.new("int *")
+        self._native = lib.av_net_create(home.native, tap.fd, rx.ring, tx.ring, error)
         if not self._native:
-            raise HostError("memory", op=f"Net {tap.name}", errno=ffi.errno)
+            raise HostError("memory", op=f"Net {tap.name}", errno=error[0])
         context.stack.callback(self._destroy)
+        self.add_lane(lib.av_net_lane(self._native), home, self.queues, f"TAP {tap.name}")
         self.set_config(self._config())
-
-    def kick(self, index: int) -> bool:
-        """Receive into new buffers, or send what the driver offers."""
-        if index == TX:
-            return self._transmit()
-        if not self._link_up:
-            self.queues[RX].take_kick()
-            return False
-        self._watch_tap()
-        return self._receive()
 
     def on_activate(self, negotiated: int) -> None:
         """Let the host use what the guest can take."""
         flags = sum(flag for bit, flag in _TUN_OFFLOADS.items() if negotiated & bit)
         self.tap.set_offload(flags)
-        large = negotiated & (features.NET_GUEST_TSO4 | features.NET_GUEST_TSO6)
-        frame_max = _LARGE_FRAME_BYTES if large else self.tap.mtu + _ETHERNET_BYTES
-        mergeable = bool(negotiated & features.NET_MRG_RXBUF)
-        lib.av_net_start(self._native, mergeable, frame_max)
-
-    def on_resume(self) -> None:
-        """Listen to the TAP. There is no on_quiesce(): both directions end within a call."""
-        self._watch_tap()
+        lib.av_net_start(self._native, bool(negotiated & features.NET_MRG_RXBUF))
 
     def on_queue_stop(self, index: int) -> None:
         """Receive buffers that were taken and not filled belong to the driver again."""
         if index == RX:
             lib.av_net_stop(self._native)
+
+    def on_news(self) -> None:
+        """Somebody took the TAP away: the guest loses its carrier, not its life."""
+        if error := lib.av_net_take_error(self._native):
+            log.error("%s: TAP %s: %s", self.context.id, self.tap.name, os.strerror(error))
+            self._set_link_up(False)
 
     @property
     def link_up(self) -> bool:
@@ -139,49 +127,14 @@ class NetDevice(VirtioDevice):
         if up == self._link_up:
             return
         self._link_up = up
+        lib.av_net_set_link(self._native, up)
         self.set_config(self._config())
-        if up:
-            # Its work takes up whatever the TAP and the ring hold by now.
-            self.queues[RX].notify()
-        else:
-            self.pump.unwatch(self.tap.fd)
-
-    def _watch_tap(self) -> None:
-        if self._link_up and self.queues[RX].ready:
-            self.pump.watch(self.tap.fd, self._receive)
 
     def counters(self) -> dict[str, int]:
         """Packets and bytes both ways, and what was dropped."""
         stats = ffi.new("struct av_net_stats *")
         lib.av_net_statistics(self._native, stats)
         return {name: int(getattr(stats, name)) for name in _COUNTERS}
-
-    def _receive(self) -> bool:
-        rx = self.queues[RX]
-        result: int = lib.av_net_rx(self._native, rx.kick_fd, _BUDGET_PACKETS)
-        if result < 0:
-            self._receive_failed(result)
-            return False
-        if result & lib.AV_NET_NO_BUFFERS:
-            # The TAP stays readable; only the driver's kick can change anything.
-            self.pump.unwatch(self.tap.fd)
-        return bool(result & lib.AV_NET_MORE)
-
-    def _receive_failed(self, result: int) -> None:
-        """Somebody took the TAP away: the guest loses its carrier, not its life."""
-        if result == -errno.EPROTO:
-            raise self.failure(result, "receive")
-        log.error("%s: TAP %s: %s", self.context.id, self.tap.name, os.strerror(-result))
-        self._set_link_up(False)
-
-    def _transmit(self) -> bool:
-        tx = self.queues[TX]
-        result: int = lib.av_net_tx(self._native, tx.kick_fd, _BUDGET_PACKETS)
-        if result < 0:
-            raise self.failure(result, "send")
-        if result & lib.AV_NET_TAP_FULL:
-            self.pump.when_writable(self.tap.fd, tx.notify)
-        return bool(result & lib.AV_NET_MORE)
 
     def _config(self) -> bytes:
         status = _S_LINK_UP if self._link_up else 0

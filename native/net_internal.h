@@ -1,0 +1,62 @@
+/* What net.c (a pair and its lane), net_rx.c and net_tx.c share. */
+#ifndef AV_NET_INTERNAL_H
+#define AV_NET_INTERNAL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "lane.h"
+#include "net.h"
+
+#define AV_NET_HEADER_BYTES 12u
+#define AV_NET_NUM_BUFFERS_AT 10u
+#define AV_NET_PACKET_MAX_BYTES (AV_NET_HEADER_BYTES + 65536u + 64u)
+#define AV_NET_CHAIN_IOV_MAX 256u
+#define AV_NET_IOV_MAX 1024u /* what readv takes */
+#define AV_NET_HELD_MAX 64u
+
+/* A receive buffer taken from the ring and not filled yet. */
+struct av_net_held {
+    uint16_t head;
+    uint16_t iov_count;
+    uint32_t bytes;
+};
+
+struct av_net_rx {
+    struct av_vring *ring;
+    bool mergeable;
+    bool readable; /* the TAP may hold packets: it was not seen empty since its last event */
+    bool starved;  /* the guest has no room: its kick goes on, not the TAP */
+    /* Buffers held are contiguous: held[first_held..held_end) own iov[first_iov..iov_end). */
+    uint32_t first_held, held_end;
+    uint32_t first_iov, iov_end;
+    uint32_t held_bytes;
+    uint32_t guess;  /* bytes that the next packet may have, from the last one */
+    /* A packet of `staged` bytes that waits for buffers: what is beyond its first `staged_from`
+     * bytes, which lie in those held, is in `staging`. 0: none. */
+    uint32_t staged, staged_from;
+    struct av_net_held held[AV_NET_HELD_MAX];
+    struct iovec iov[AV_NET_IOV_MAX];
+    uint8_t *staging;
+};
+
+struct av_net_tx {
+    struct av_vring *ring;
+    bool full; /* the TAP takes no more for now */
+};
+
+struct av_net {
+    struct av_lane lane; /* first: its home gives it back */
+    int fd;
+    bool link_up;
+    int error;
+    struct av_net_rx rx;
+    struct av_net_tx tx;
+    struct av_net_stats stats;
+};
+
+/* Move packets, a bounded number. 1 more to do, 0, or -EPROTO. */
+int av_net_receive(struct av_net *net);
+int av_net_transmit(struct av_net *net);
+
+#endif

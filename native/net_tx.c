@@ -1,0 +1,56 @@
+/* From the guest to the TAP. */
+#include "net_internal.h"
+
+#include <errno.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define BUDGET_PACKETS 128u
+/* How often the driver sees what went, so that it can use the room while we go on. */
+#define FLUSH_EVERY 32u
+
+/* Send one chain; 0, or -EAGAIN when the TAP is full. */
+static int send_one(struct av_net *net, const struct av_chain *chain)
+{
+    ssize_t sent = -1;
+
+    if (chain->readable_bytes > AV_NET_HEADER_BYTES && net->link_up) {
+        sent = chain->readable == 1 ? write(net->fd, chain->iov->iov_base, chain->iov->iov_len)
+                                    : writev(net->fd, chain->iov, chain->readable);
+        if (sent < 0 && errno == EAGAIN)
+            return -EAGAIN;
+    }
+    if (sent < 0) {
+        /* The header is the guest's, and the TAP refuses what makes no sense; or there is no
+         * cable. Either way a real wire would have lost it. */
+        net->stats.tx_dropped++;
+    } else {
+        net->stats.tx_packets++;
+        net->stats.tx_bytes += (uint64_t)sent - AV_NET_HEADER_BYTES;
+    }
+    av_vring_push(net->tx.ring, chain->head, 0);
+    return 0;
+}
+
+int av_net_transmit(struct av_net *net)
+{
+    struct av_vring *ring = net->tx.ring;
+    struct iovec iov[AV_NET_CHAIN_IOV_MAX];
+    struct av_chain chain;
+    uint32_t left = BUDGET_PACKETS;
+    int result = 0;
+
+    av_vring_kicks_off(ring);
+    while (left != 0 && (result = av_vring_pop(ring, &chain, iov, AV_NET_CHAIN_IOV_MAX)) > 0) {
+        if (send_one(net, &chain) < 0) {
+            av_vring_unpop(ring);
+            net->tx.full = true;
+            result = 0;
+            break;
+        }
+        if (--left % FLUSH_EVERY == 0)
+            av_vring_flush(ring);
+    }
+    av_vring_flush(ring);
+    return result;
+}
