@@ -11,6 +11,7 @@ import stat
 from avmm.errors import ConfigError, HostError
 
 _PATH_BYTES_MAX = 107
+_WAITING_MAX = 16
 _USER_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -32,7 +33,7 @@ class Listener:
             _remove_stale(path)
             self.socket.bind(path)
             self._inode = os.stat(path).st_ino
-            self.socket.listen(1)
+            self.socket.listen(_WAITING_MAX)
         except OSError as e:
             self.socket.close()
             if e.errno in _USER_ERRORS:

@@ -72,13 +72,12 @@ class VhostUserServer:
         self.socket_path = socket_path
         self._io_threads = io_threads
         self._io_poll_us = io_poll_us
-        self._require_seals = require_seals
         self._stack = AsyncExitStack()
         self._connections = 0
-        self._connected = False
         self._device: VirtioDevice
         self._homes: Homes
-        self._transport: VhostUserTransport
+        self._memory = FrontEndMemory(require_seals=require_seals)
+        self._transport: VhostUserTransport | None = None
         self._ended: asyncio.Future[None]
 
     async def __aenter__(self) -> Self:
@@ -105,7 +104,7 @@ class VhostUserServer:
         """Counters as of now; the device's count since it was made."""
         return ServerStatistics(
             self._connections,
-            self._connected,
+            self._transport is not None,
             self._device.statistics(),
             self._homes.statistics(),
         )
@@ -113,14 +112,13 @@ class VhostUserServer:
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
-        memory = FrontEndMemory(require_seals=self._require_seals)
         interrupts = Interrupts()
         self._stack.callback(interrupts.close)
         self._homes = Homes.create(loop, threads=self._io_threads, poll_us=self._io_poll_us)
         self._stack.callback(self._homes.close)
         context = DeviceContext(
             id=self.id,
-            memory=memory,
+            memory=self._memory,
             interrupts=interrupts,
             homes=self._homes,
             loop=loop,
@@ -128,13 +126,13 @@ class VhostUserServer:
             on_error=self._on_error,
         )
         self._device = await self.config.device_type.build(self.config, context)
-        self._transport = VhostUserTransport(self._device, memory)
         config_fd = owned_eventfd(self._stack)
         interrupts.config.set_fd(config_fd)
         loop.add_reader(config_fd, self._config_event, config_fd)
         self._stack.callback(loop.remove_reader, config_fd)
         listener = Listener(self.socket_path)
         self._stack.callback(listener.close)
+        log.info("%s: listening at %s", self.id, self.socket_path)
         task = loop.create_task(self._serve(listener))
         self._stack.push_async_callback(_cancel, task)
 
@@ -150,7 +148,7 @@ class VhostUserServer:
     async def _serve_one(self, connection: socket.socket) -> None:
         channel = Channel(connection)
         self._connections += 1
-        self._connected = True
+        self._transport = VhostUserTransport(self._device, self._memory)
         log.info("%s: a front-end has connected", self.id)
         try:
             await Session(self._transport, channel, self._queue_number()).serve()
@@ -158,15 +156,15 @@ class VhostUserServer:
         except (GuestFault, HostError) as e:
             log.warning("%s: the connection is closed: %s", self.id, e)
         finally:
-            await uninterrupted(self._let_go(channel))
+            await uninterrupted(self._let_go(self._transport, channel))
 
-    async def _let_go(self, channel: Channel) -> None:
+    async def _let_go(self, transport: VhostUserTransport, channel: Channel) -> None:
         """In this order: a front-end that comes back finds the rings as the device left them."""
         try:
-            await self._transport.end()
+            await transport.end()
         finally:
+            self._transport = None
             channel.close()
-            self._connected = False
 
     def _queue_number(self) -> int:
         """Of a NIC in pairs of queues, as its front-ends count them."""
@@ -176,7 +174,7 @@ class VhostUserServer:
     def _config_event(self, config_fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(config_fd)
-        if self._device.state.status & DEVICE_NEEDS_RESET:
+        if self._transport is not None and self._device.state.status & DEVICE_NEEDS_RESET:
             self._transport.signal_error()
 
     def _on_error(self, error: BaseException) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from avmm.block.raw import RawDisk
 from avmm.errors import HostError
 from avmm.units import KIB, MIB
 from avmm.virtio.devices.blk import BlkDevice, Disk
@@ -19,21 +18,8 @@ from avmm.virtio.devtype import DeviceContext
 from avmm.virtio.transport import mmio
 from fakes.blk_driver import OK, OUT, BlkDriver
 from fakes.mmio_driver import eventually, perform, settle
+from fakes.pipe_disk import PipeDisk
 from fakes.virtio_rig import Rig, virtio_rig
-
-SIZE_BYTES = 4 * MIB
-
-
-class PipeDisk(RawDisk):
-    """A disk whose I/O takes as long as a test wants: bytes come and go through a pipe."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.path = "pipe"
-        self.read_only = False
-        self.is_device = False
-        self.alignment_bytes = 1
-        self.size_bytes = SIZE_BYTES
 
 
 @dataclass(frozen=True)
