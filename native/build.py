@@ -21,6 +21,7 @@ MODULES = (
     "blk",
     "net",
     "uart",
+    "regs",
     "vcpu",
     "vdriver",
     "load",

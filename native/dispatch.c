@@ -57,3 +57,17 @@ int av_dispatch_add_interrupt(struct av_dispatch *dispatch, uint64_t mmio_base,
         (struct av_interrupt_slot){ .mmio_base = mmio_base, .interrupt = interrupt };
     return 0;
 }
+
+int av_dispatch_add_regs(struct av_dispatch *dispatch, struct av_regs *regs)
+{
+    if (dispatch->regs_count == AV_DISPATCH_REGS_MAX)
+        return -ENOSPC;
+    dispatch->regs[dispatch->regs_count++] = regs;
+    return 0;
+}
+
+void av_dispatch_set_ecam(struct av_dispatch *dispatch, uint64_t gpa, uint64_t size_bytes)
+{
+    dispatch->ecam = gpa;
+    dispatch->ecam_bytes = size_bytes;
+}

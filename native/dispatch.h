@@ -9,6 +9,7 @@
 
 #define AV_DISPATCH_RANGES_MAX 64
 #define AV_DISPATCH_INTERRUPTS_MAX 32
+#define AV_DISPATCH_REGS_MAX 128
 
 struct av_range {
     uint64_t base;
@@ -32,6 +33,11 @@ struct av_dispatch {
     struct av_uart *uart;
     uint32_t interrupts;
     struct av_interrupt_slot interrupt[AV_DISPATCH_INTERRUPTS_MAX];
+    uint32_t regs_count;
+    struct av_regs *regs[AV_DISPATCH_REGS_MAX];
+    uint64_t ecam; /* guest physical address; 0: there is no PCI */
+    uint64_t ecam_bytes;
+    _Atomic uint32_t pci_address; /* what the guest wrote to port 0xCF8 */
 };
 
 bool av_range_table_has(const struct av_range_table *table, uint64_t at);

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "interrupt.h"
+#include "regs.h"
 #include "uart.h"
 
 /* cdef begin */
@@ -41,6 +42,7 @@ struct av_vcpu_stats {
     uint64_t mmio_python;
     uint64_t uart;
     uint64_t interrupt;  /* virtio-mmio InterruptStatus and InterruptACK */
+    uint64_t registers;  /* PCI configuration, MSI-X tables */
     uint64_t unassigned;
     uint64_t signals;
     uint64_t other;
@@ -58,10 +60,16 @@ int av_dispatch_add_mmio(struct av_dispatch *dispatch, uint64_t base, uint64_t s
 int av_dispatch_add_uart(struct av_dispatch *dispatch, uint64_t port, struct av_uart *uart);
 int av_dispatch_add_interrupt(struct av_dispatch *dispatch, uint64_t mmio_base,
                               struct av_interrupt *interrupt);
+/* Accesses to it are answered as it says, and are exits to Python at its address otherwise. */
+int av_dispatch_add_regs(struct av_dispatch *dispatch, struct av_regs *regs);
+/* PCI configuration space: there, and through ports 0xCF8 and 0xCFC, whose accesses to registers
+ * that are Python's are exits at the memory-mapped address. Functions are added as registers;
+ * of the others all reads give ones. */
+void av_dispatch_set_ecam(struct av_dispatch *dispatch, uint64_t gpa, uint64_t size_bytes);
 
 struct av_vcpu;
 /* vcpu_fd and dispatch are borrowed. NULL: *error is the errno. */
-struct av_vcpu *av_vcpu_create(int vcpu_fd, size_t run_bytes, const struct av_dispatch *dispatch,
+struct av_vcpu *av_vcpu_create(int vcpu_fd, size_t run_bytes, struct av_dispatch *dispatch,
                                int *error);
 void av_vcpu_destroy(struct av_vcpu *vcpu);
 /* Once, first, on the thread that will run vCPUs: blocks every signal but the kick's. 0 or -errno. */

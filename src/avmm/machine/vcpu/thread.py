@@ -20,7 +20,7 @@ from avmm.native import CData, ffi, lib
 class VcpuStatistics:
     """Exits since creation, by where they were answered.
 
-    pio, mmio: in Python; uart, interrupt, unassigned: in C, without the GIL.
+    pio, mmio: in Python; uart, interrupt, registers, unassigned: in C, without the GIL.
     python_ns: time the thread spent outside the C loop, all exits together.
     """
 
@@ -28,6 +28,7 @@ class VcpuStatistics:
     mmio: int
     uart: int
     interrupt: int
+    registers: int
     unassigned: int
     signals: int
     other: int
@@ -85,6 +86,7 @@ class VcpuThread:
             mmio=stats.mmio_python,
             uart=stats.uart,
             interrupt=stats.interrupt,
+            registers=stats.registers,
             unassigned=stats.unassigned,
             signals=stats.signals,
             other=stats.other,
