@@ -9,11 +9,10 @@ from collections.abc import Callable
 
 from avmm.bus.region import Call, Deferred
 from avmm.mem.guest import GuestMemory
-from avmm.virtio.state import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
 from avmm.virtio.transport import mmio
+from fakes.driver import VirtioDriver
 from fakes.driver_queue import DriverQueue
 
-_QUEUES_GPA = 0x10000
 _HANG_S = 20
 
 
@@ -26,20 +25,25 @@ async def perform(deferred: Deferred | None) -> None:
         await result
 
 
-class MmioDriver:
+class MmioDriver(VirtioDriver):
     """irq_fd: the eventfd behind the device's interrupt line, in the place of KVM's irqfd."""
 
     def __init__(self, transport: mmio.MmioTransport, memory: GuestMemory, irq_fd: int) -> None:
+        super().__init__(memory)
         self.transport = transport
-        self.memory = memory
         self.irq_fd = irq_fd
-        self.queues: list[DriverQueue] = []
 
     def read(self, offset: int, size: int = 4) -> int:
         return self.transport.read(offset, size)
 
     async def write(self, offset: int, value: int, size: int = 4) -> None:
         await perform(self.transport.write(offset, size, value))
+
+    def status(self) -> int:
+        return self.read(mmio.STATUS)
+
+    async def set_status(self, value: int) -> None:
+        await self.write(mmio.STATUS, value)
 
     async def read_features(self) -> int:
         words = []
@@ -53,15 +57,9 @@ class MmioDriver:
             await self.write(mmio.DRIVER_FEATURES_SEL, select)
             await self.write(mmio.DRIVER_FEATURES, value >> 32 * select & 0xFFFF_FFFF)
 
-    async def negotiate(self, features: int) -> bool:
-        """Reset to FEATURES_OK; whether the device accepted."""
-        await self.write(mmio.STATUS, 0)
-        assert self.read(mmio.STATUS) == 0
-        await self.write(mmio.STATUS, ACKNOWLEDGE)
-        await self.write(mmio.STATUS, ACKNOWLEDGE | DRIVER)
-        await self.write_features(features)
-        await self.write(mmio.STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK)
-        return bool(self.read(mmio.STATUS) & FEATURES_OK)
+    async def queue_size_max(self, index: int) -> int:
+        await self.write(mmio.QUEUE_SEL, index)
+        return self.read(mmio.QUEUE_SIZE_MAX)
 
     async def set_up_queue(self, index: int, queue: DriverQueue, *, ready: bool = True) -> None:
         await self.write(mmio.QUEUE_SEL, index)
@@ -76,29 +74,6 @@ class MmioDriver:
         if ready:
             await self.write(mmio.QUEUE_READY, 1)
 
-    async def start(self, features: int | None = None, *, size: int = 64) -> None:
-        """From reset to DRIVER_OK, with all the device's queues.
-
-        features: to accept; all that are offered when None. size: of a queue, if it may be.
-        """
-        accepted = await self.read_features() if features is None else features
-        assert await self.negotiate(accepted)
-        self.queues = []
-        gpa = _QUEUES_GPA
-        while True:
-            index = len(self.queues)
-            await self.write(mmio.QUEUE_SEL, index)
-            size_max = self.read(mmio.QUEUE_SIZE_MAX)
-            if size_max == 0:
-                break
-            entries = min(size, size_max)
-            queue = DriverQueue(self.memory, gpa, entries, event_idx=bool(accepted >> 29 & 1))
-            await self.set_up_queue(index, queue)
-            self.queues.append(queue)
-            gpa = (queue.end_gpa + 0xFFF) & ~0xFFF
-        status = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
-        await self.write(mmio.STATUS, status)
-
     def kick(self, index: int) -> None:
         """Write QueueNotify, which KVM turns into the eventfd of that value."""
         fds = {value: fd for _, value, fd in self.transport.kick_registrations()}
@@ -112,14 +87,6 @@ class MmioDriver:
         status = self.read(mmio.INTERRUPT_STATUS)
         await self.write(mmio.INTERRUPT_ACK, status)
         return status
-
-    async def used(self, index: int, count: int = 1) -> list[tuple[int, int]]:
-        """Wait until `count` chains of a queue came back: (head, bytes written) of each."""
-        taken = self.queues[index].take_used()
-        while len(taken) < count:
-            await self.interrupted()
-            taken += self.queues[index].take_used()
-        return taken
 
 
 async def readable(fd: int) -> None:

@@ -1,0 +1,86 @@
+"""A guest's virtio driver, apart from the transport: initialization, queues, used buffers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from avmm.mem.guest import GuestMemory
+from avmm.virtio.state import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
+from fakes.driver_queue import DriverQueue
+
+_QUEUES_GPA = 0x10000
+
+
+class VirtioDriver(ABC):
+    """Does as Linux does (virtio 1.3 section 3.1.1)."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self.queues: list[DriverQueue] = []
+
+    @abstractmethod
+    def status(self) -> int:
+        """Read the status field."""
+
+    @abstractmethod
+    async def set_status(self, value: int) -> None:
+        """Write the status field; 0 resets."""
+
+    @abstractmethod
+    async def read_features(self) -> int:
+        """What the device offers."""
+
+    @abstractmethod
+    async def write_features(self, value: int) -> None:
+        """What the driver accepts."""
+
+    @abstractmethod
+    async def queue_size_max(self, index: int) -> int:
+        """Select a queue; 0 when it does not exist."""
+
+    @abstractmethod
+    async def set_up_queue(self, index: int, queue: DriverQueue, *, ready: bool = True) -> None:
+        """Tell the device where a queue is."""
+
+    @abstractmethod
+    def kick(self, index: int) -> None:
+        """Notify a queue, as KVM would pass it on."""
+
+    @abstractmethod
+    async def interrupted(self) -> int:
+        """Wait for the next interrupt; what it is about: 1 used buffers, 2 configuration."""
+
+    async def negotiate(self, features: int) -> bool:
+        """Reset to FEATURES_OK; whether the device accepted."""
+        await self.set_status(0)
+        assert self.status() == 0
+        await self.set_status(ACKNOWLEDGE)
+        await self.set_status(ACKNOWLEDGE | DRIVER)
+        await self.write_features(features)
+        await self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK)
+        return bool(self.status() & FEATURES_OK)
+
+    async def start(self, features: int | None = None, *, size: int = 64) -> None:
+        """From reset to DRIVER_OK, with all the device's queues.
+
+        features: to accept; all that are offered when None. size: of a queue, if it may be.
+        """
+        accepted = await self.read_features() if features is None else features
+        assert await self.negotiate(accepted)
+        self.queues = []
+        gpa = _QUEUES_GPA
+        while size_max := await self.queue_size_max(len(self.queues)):
+            entries = min(size, size_max)
+            queue = DriverQueue(self.memory, gpa, entries, event_idx=bool(accepted >> 29 & 1))
+            await self.set_up_queue(len(self.queues), queue)
+            self.queues.append(queue)
+            gpa = (queue.end_gpa + 0xFFF) & ~0xFFF
+        await self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+
+    async def used(self, index: int, count: int = 1) -> list[tuple[int, int]]:
+        """Wait until `count` chains of a queue came back: (head, bytes written) of each."""
+        taken = self.queues[index].take_used()
+        while len(taken) < count:
+            await self.interrupted()
+            taken += self.queues[index].take_used()
+        return taken
