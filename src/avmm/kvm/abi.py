@@ -30,6 +30,9 @@ API_VERSION: Final = 12
 USERSPACE_MEMORY_REGION: Final = struct.Struct("=IIQQQ")
 IRQFD: Final = struct.Struct("=IIII16x")
 IOEVENTFD: Final = struct.Struct("=QQIiI36x")
+IRQ_ROUTING_HEAD: Final = struct.Struct("=II")
+IRQ_ROUTING_PIN: Final = struct.Struct("=IIIIII24x")
+IRQ_ROUTING_MSI: Final = struct.Struct("=IIIIIIII16x")
 IRQ_LEVEL: Final = struct.Struct("=II")
 PIT_CONFIG: Final = struct.Struct("=I60x")
 CPUID_HEAD: Final = struct.Struct("=II")
@@ -67,6 +70,7 @@ SET_TSS_ADDR: Final = _io(0x47)
 SET_IDENTITY_MAP_ADDR: Final = _iow(0x48, 8)
 CREATE_IRQCHIP: Final = _io(0x60)
 IRQ_LINE: Final = _iow(0x61, IRQ_LEVEL.size)
+SET_GSI_ROUTING: Final = _iow(0x6A, IRQ_ROUTING_HEAD.size)
 IRQFD_ASSIGN: Final = _iow(0x76, IRQFD.size)
 CREATE_PIT2: Final = _iow(0x77, PIT_CONFIG.size)
 IOEVENTFD_ASSIGN: Final = _iow(0x79, IOEVENTFD.size)
@@ -92,6 +96,11 @@ IRQFD_DEASSIGN: Final = 1 << 0
 IOEVENTFD_DATAMATCH: Final = 1 << 0
 IOEVENTFD_PIO: Final = 1 << 1
 IOEVENTFD_DEASSIGN: Final = 1 << 2
+IRQ_ROUTING_IRQCHIP: Final = 1
+IRQ_ROUTING_MSI_TYPE: Final = 2
+IRQCHIP_PIC_MASTER: Final = 0
+IRQCHIP_PIC_SLAVE: Final = 1
+IRQCHIP_IOAPIC: Final = 2
 PIT_SPEAKER_DUMMY: Final = 1
 CPUID_SIGNIFICANT_INDEX: Final = 1 << 0
 
@@ -114,5 +123,6 @@ CAP: Final = {
     "max_vcpus": 66,
     "tsc_deadline_timer": 72,
     "kvmclock_ctrl": 76,
+    "ioeventfd_any_length": 122,
     "immediate_exit": 136,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from avmm.kvm import abi
 from avmm.kvm.ioctl import ioctl
@@ -42,9 +43,34 @@ class Vm:
         """Each write to `event_fd` becomes one edge on `gsi`."""
         ioctl(self.fd, "KVM_IRQFD", abi.IRQFD_ASSIGN, abi.IRQFD.pack(event_fd, gsi, 0, 0))
 
-    def ioeventfd(self, event_fd: int, gpa: int, size_bytes: int, value: int) -> None:
-        """A guest write of `value`, `size_bytes` wide, at `gpa` signals `event_fd`, no exit."""
-        argument = abi.IOEVENTFD.pack(value, gpa, size_bytes, event_fd, abi.IOEVENTFD_DATAMATCH)
+    def remove_irqfd(self, event_fd: int, gsi: int) -> None:
+        """Undo irqfd(): what is written to `event_fd` from now on stays in it."""
+        argument = abi.IRQFD.pack(event_fd, gsi, abi.IRQFD_DEASSIGN, 0)
+        ioctl(self.fd, "KVM_IRQFD", abi.IRQFD_ASSIGN, argument)
+
+    def set_gsi_routing(self, entries: Sequence[bytes]) -> None:
+        """KVM_SET_GSI_ROUTING: the whole table, of packed struct kvm_irq_routing_entry."""
+        table = bytearray(abi.IRQ_ROUTING_HEAD.pack(len(entries), 0) + b"".join(entries))
+        ioctl(self.fd, "KVM_SET_GSI_ROUTING", abi.SET_GSI_ROUTING, table)
+
+    def ioeventfd(self, event_fd: int, gpa: int, size_bytes: int, value: int | None) -> None:
+        """A guest write at `gpa`, `size_bytes` wide, signals `event_fd` without an exit.
+
+        value: what has to be written, None for anything. size_bytes: 0 for any width, where KVM
+        has ioeventfd_any_length.
+        """
+        self._ioeventfd(event_fd, gpa, size_bytes, value, 0)
+
+    def remove_ioeventfd(self, event_fd: int, gpa: int, size_bytes: int, value: int | None) -> None:
+        """Undo ioeventfd() with the same arguments."""
+        self._ioeventfd(event_fd, gpa, size_bytes, value, abi.IOEVENTFD_DEASSIGN)
+
+    def _ioeventfd(
+        self, event_fd: int, gpa: int, size_bytes: int, value: int | None, flags: int
+    ) -> None:
+        if value is not None:
+            flags |= abi.IOEVENTFD_DATAMATCH
+        argument = abi.IOEVENTFD.pack(value or 0, gpa, size_bytes, event_fd, flags)
         ioctl(self.fd, "KVM_IOEVENTFD", abi.IOEVENTFD_ASSIGN, argument)
 
     def create_vcpu(self, index: int) -> Vcpu:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from avmm.units import GIB, KIB, MIB, Gpa
+from avmm.units import GIB, KIB, MIB, Gpa, align_up
 
 # Below 1 MiB: what boot/ writes. Everything here is in E820 usable RAM except the last block.
 GDT = Gpa(0x500)
@@ -32,12 +32,18 @@ KERNEL_64BIT_DEFAULT = Gpa(16 * MIB)
 LOW_RAM_END = Gpa(3 * GIB)
 RAM_ABOVE_4G = Gpa(4 * GIB)
 
+PCI_MEMORY = Gpa(0xC000_0000)
+PCI_MEMORY_BYTES = 256 * MIB
+"""Where PCI devices are at the start, below 4 GiB."""
+PCI_MEMORY_HIGH_BYTES = 16 * GIB
+"""Where a guest may move them, see pci_memory_high()."""
 VIRTIO_MMIO = Gpa(0xD000_0000)
 VIRTIO_MMIO_STRIDE_BYTES = 0x1000
 VIRTIO_MMIO_SLOT_BYTES = 0x200
 
 PCI_ECAM = Gpa(0xE000_0000)
-PCI_ECAM_BYTES = 256 * MIB
+PCI_ECAM_BYTES = 1 * MIB
+"""Bus 0 alone."""
 IOAPIC = Gpa(0xFEC0_0000)
 LAPIC = Gpa(0xFEE0_0000)
 KVM_IDENTITY_MAP = Gpa(0xFFFB_C000)
@@ -52,6 +58,12 @@ PORT_CMOS_INDEX = 0x70
 PORT_CMOS_DATA = 0x71
 PORT_COM1 = 0x3F8
 PORT_PVPANIC = 0x505
+PORT_PCI_ADDRESS = 0xCF8
+PORT_PCI_BYTES = 8
+"""PCI configuration: address and data."""
+PORT_PCI_DEVICES = 0x1000
+PORT_PCI_DEVICES_BYTES = 0xF000
+"""Room for I/O BARs, which no device of ours has; an OS expects a host bridge to have some."""
 PORT_ACPI = 0x600
 """acpi_pm: sleep control, sleep status, reset, event select (one byte each)."""
 PORT_ACPI_BYTES = 4
@@ -75,3 +87,10 @@ def ram_ranges(size_bytes: int) -> tuple[tuple[Gpa, int], ...]:
     if size_bytes == low:
         return ((Gpa(0), low),)
     return ((Gpa(0), low), (RAM_ABOVE_4G, size_bytes - low))
+
+
+def pci_memory_high(ram_bytes: int) -> Gpa:
+    """The PCI memory window above all RAM. It stays low: a processor may have no more than 36
+    bits of physical address."""
+    gpa, size = ram_ranges(ram_bytes)[-1]
+    return Gpa(max(RAM_ABOVE_4G, align_up(gpa + size, GIB)))

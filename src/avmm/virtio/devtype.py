@@ -36,10 +36,12 @@ class DeviceContext:
 @dataclass(frozen=True, slots=True)
 class DeviceType:
     """name: file, metric prefix and id prefix. virtio_id: virtio 1.3 chapter 5. flag: of the
-    command line. summary: one line of the device table. build: makes the device on the loop."""
+    command line. summary: one line of the device table. build: makes the device on the loop.
+    pci_class: base class, subclass and interface on the PCI transport."""
 
     name: str
     virtio_id: int
     flag: str
     summary: str
     build: Callable[[Any, DeviceContext], Awaitable[VirtioDevice]]
+    pci_class: int = 0xFF_0000

@@ -199,5 +199,6 @@ BLK = DeviceType(
     flag="--disk",
     summary="a disk on a raw image file or block device, through io_uring or threads",
     build=build,
+    pci_class=0x01_8000,
 )
 Disk.device_type = BLK

@@ -169,5 +169,6 @@ NET = DeviceType(
     flag="--net",
     summary="a NIC on a TAP, with checksum and segmentation offloads and mergeable buffers",
     build=build,
+    pci_class=0x02_0000,
 )
 Tap.device_type = NET
