@@ -9,8 +9,10 @@ HEAD = """\
 <!-- Made by scripts/device_table.py; a test compares. -->
 # Devices
 
-All are virtio 1.3 devices on the virtio-mmio transport, modern only, with split rings,
-INDIRECT_DESC and EVENT_IDX. In Python and in config files a device is an entry of the field named
+All are virtio 1.3 devices, modern only, with split rings, INDIRECT_DESC and EVENT_IDX, on either
+transport: `--transport pci` (the default) gives each queue an MSI-X vector and has room for 31,
+`--transport mmio` one interrupt line a device and has room for 15. Devices are in the order of
+the configuration on both. In Python and in config files a device is an entry of the field named
 below; on the command line it is `FLAG VALUE,key=value,...`, the first key's name may be left out.
 
 | device | virtio id | flag | field of Config | what it is |

@@ -103,9 +103,7 @@ class FrontEnd:
         self.negotiated = offered if accepted is None else accepted | F_PROTOCOL_FEATURES
         assert await self.do(Request.SET_FEATURES, u64(self.negotiated)) == 0
 
-    async def start(
-        self, count: int = 1, *, size: int = 64, accepted: int | None = None
-    ) -> None:
+    async def start(self, count: int = 1, *, size: int = 64, accepted: int | None = None) -> None:
         """From the connection to `count` running rings."""
         await self.negotiate(accepted)
         assert await self.set_memory() == 0

@@ -181,9 +181,7 @@ def play_histories(
 class _History:
     """free: descriptors; popped: all heads in the order in which they were taken."""
 
-    def __init__(
-        self, native: NativeRing, oracle: Oracle, driver: DriverQueue, seed: int
-    ) -> None:
+    def __init__(self, native: NativeRing, oracle: Oracle, driver: DriverQueue, seed: int) -> None:
         self.native, self.oracle, self.driver = native, oracle, driver
         self.in_order = driver.in_order
         self.rng = random.Random(seed)

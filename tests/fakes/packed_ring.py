@@ -107,9 +107,7 @@ class PackedOracleRing:
         for batch in in_batches(self.uses, self.in_order):
             at = self.desc + 16 * self.used.offset
             flags = (AVAIL | USED if self.used.wrap else 0) | (WRITE if batch[-1].written else 0)
-            self.memory.write(
-                at + 8, struct.pack("<IHH", batch[-1].written, batch[-1].head, flags)
-            )
+            self.memory.write(at + 8, struct.pack("<IHH", batch[-1].written, batch[-1].head, flags))
             passed += self.used.forwards(sum(use.descs for use in batch))
         self.uses = []
         event, flags = struct.unpack("<HH", self.memory.read(self.driver, 4))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from avmm.boot import bzimage, cmdline, elf, entry, pvh, zeropage
-from avmm.boot.acpi.tables import AcpiMmioDevice, build_tables
+from avmm.boot.acpi.tables import AcpiMmioDevice, AcpiPciRoot, build_tables
 from avmm.boot.entry import EntryRegs
 from avmm.boot.zeropage import Placement
 from avmm.errors import ConfigError
@@ -47,6 +47,7 @@ class BootSource:
     cmdline: str
     cpus: int
     devices: Sequence[AcpiMmioDevice] = ()
+    pci: AcpiPciRoot | None = None
     kernel_format: KernelFormat = "auto"
 
 
@@ -90,7 +91,7 @@ def load(memory: GuestMemory, source: BootSource) -> EntryRegs:
             initrd_at = _place_initrd(memory, source, image, initrd)
             initrd_bytes = len(initrd)
         memory.write(layout.CMDLINE, line)
-        tables, rsdp = build_tables(source.cpus, source.devices)
+        tables, rsdp = build_tables(source.cpus, source.devices, source.pci)
         memory.write(layout.ACPI_TABLES, tables)
         memory.write(layout.RESET_VECTOR, _RESET_CODE)
         place = Placement(layout.CMDLINE, len(line), initrd_at, initrd_bytes, rsdp)

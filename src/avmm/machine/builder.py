@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from avmm.boot.acpi.tables import AcpiMmioDevice
 from avmm.boot.entry import EntryRegs
 from avmm.boot.load import BootSource, load
 from avmm.errors import HostError
@@ -24,9 +23,11 @@ from avmm.loop import LoopBridge
 from avmm.machine.config import Config
 from avmm.machine.console import Console
 from avmm.machine.lifecycle import uninterrupted
+from avmm.machine.mmio_slots import MmioSlots, acpi_devices
+from avmm.machine.pci_slots import PciSlots, acpi_root
 from avmm.machine.platform import Platform, add_platform
 from avmm.machine.reason import ExitKind, ExitReason
-from avmm.machine.slots import Slot, assign_slots, plug
+from avmm.machine.slots import Backplane, Slot, assign_slots, plug
 from avmm.machine.vcpu.exits import Exits
 from avmm.machine.vcpu.setup import set_up
 from avmm.machine.vcpu.thread import VcpuThread
@@ -76,7 +77,8 @@ async def build(config: Config, stack: AsyncExitStack, end: End) -> Parts:
             asyncio.get_running_loop(), threads=config.io_threads, poll_us=config.io_poll_us
         )
         stack.callback(homes.close)
-        devices = await plug(slots, vm, platform.mmio, memory, homes, stack, on_error)
+        backplane = _backplane(config, kvm, vm, platform, stack)
+        devices = await plug(slots, backplane, memory, homes, stack, on_error)
         registers = await loading
     console = Console(platform.serial)
     stack.callback(console.close)
@@ -86,7 +88,7 @@ async def build(config: Config, stack: AsyncExitStack, end: End) -> Parts:
     exits = Exits(
         pio=platform.pio, mmio=platform.mmio, bridge=bridge, gate=gate, drain_uart=console.drain
     )
-    dispatch = _dispatch(platform, slots, devices, stack)
+    dispatch = _dispatch(platform, backplane, stack)
     vcpus = _create_vcpus(kvm, vm, config.cpus, registers, stack)
     run_bytes = kvm.run_bytes()
     threads: list[VcpuThread] = []
@@ -105,8 +107,7 @@ async def build(config: Config, stack: AsyncExitStack, end: End) -> Parts:
     gate.kicks = [thread.kick for thread in threads]
     for thread in threads:
         thread.start()
-    by_id = {slot.id: device for slot, device in zip(slots, devices, strict=True)}
-    return Parts(gate, console, platform.serial, platform.power, tuple(threads), by_id, homes)
+    return Parts(gate, console, platform.serial, platform.power, tuple(threads), devices, homes)
 
 
 @asynccontextmanager
@@ -120,9 +121,8 @@ async def _loading(
         initrd=config.initrd,
         cmdline=config.full_cmdline(),
         cpus=config.cpus,
-        devices=[
-            AcpiMmioDevice(s.index, s.gpa, layout.VIRTIO_MMIO_SLOT_BYTES, s.gsi) for s in slots
-        ],
+        devices=acpi_devices(slots) if config.transport == "mmio" else (),
+        pci=acpi_root(config.memory_bytes) if config.transport == "pci" else None,
         kernel_format=config.kernel_format,
     )
     loading = asyncio.ensure_future(asyncio.to_thread(load, memory, source))
@@ -150,12 +150,16 @@ def _create_vm(kvm: Kvm, memory: GuestMemory, stack: AsyncExitStack) -> Vm:
     return vm
 
 
-def _dispatch(
-    platform: Platform,
-    slots: Sequence[Slot],
-    devices: Sequence[VirtioDevice],
-    stack: AsyncExitStack,
-) -> CData:
+def _backplane(
+    config: Config, kvm: Kvm, vm: Vm, platform: Platform, stack: AsyncExitStack
+) -> Backplane:
+    if config.transport == "mmio":
+        return MmioSlots(vm, platform.mmio, stack)
+    any_length = bool(kvm.extension("ioeventfd_any_length"))
+    return PciSlots(vm, platform.mmio, config.memory_bytes, stack, any_length=any_length)
+
+
+def _dispatch(platform: Platform, backplane: Backplane, stack: AsyncExitStack) -> CData:
     """What the C loop answers by itself, and what it hands to Python."""
     dispatch = lib.av_dispatch_create()
     if not dispatch:
@@ -164,10 +168,7 @@ def _dispatch(
     results = [lib.av_dispatch_add_uart(dispatch, layout.PORT_COM1, platform.serial.native)]
     results += [lib.av_dispatch_add_pio(dispatch, r.base, r.size) for r in platform.pio.ranges()]
     results += [lib.av_dispatch_add_mmio(dispatch, r.base, r.size) for r in platform.mmio.ranges()]
-    results += [
-        lib.av_dispatch_add_interrupt(dispatch, slot.gpa, device.interrupts.config.native)
-        for slot, device in zip(slots, devices, strict=True)
-    ]
+    results += backplane.dispatch(dispatch)
     if min(results) < 0:
         raise HostError("devices", op="Exit dispatch", errno=-min(results))
     return dispatch

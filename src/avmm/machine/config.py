@@ -49,6 +49,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     disks: Annotated[list[Disk], _meta("disks, in the order of /dev/vda, vdb, ...")] = []
     nets: Annotated[list[Tap], _meta("network interfaces, each on a TAP of the host")] = []
     rng: Annotated[bool | Rng, _meta("give the guest a source of random bytes")] = False
+    transport: Annotated[
+        Literal["pci", "mmio"],
+        _meta("how devices are attached: pci (fast, up to 31) or mmio (small, up to 15)"),
+    ] = "pci"
     io_threads: Annotated[int, _meta("native threads that serve devices; 0: the event loop")] = 0
     io_poll_us: Annotated[
         int,

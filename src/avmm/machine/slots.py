@@ -1,4 +1,4 @@
-"""Virtio devices in their virtio-mmio slots: address, interrupt and notifications."""
+"""Virtio devices in their slots, on whichever transport."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from avmm.bus.bus import Bus
 from avmm.errors import ConfigError
-from avmm.kvm.vm import Vm
 from avmm.machine.config import Config
-from avmm.machine.eventfd import owned_eventfd
 from avmm.mem import layout
 from avmm.mem.guest import GuestMemory
-from avmm.units import Gpa
+from avmm.native import CData
+from avmm.pci.root import DEVICES as PCI_DEVICES
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext
 from avmm.virtio.home import Homes
 from avmm.virtio.interrupt import Interrupts
-from avmm.virtio.transport import mmio
 
-_NOTIFY_BYTES = 4
+_ROOM = {
+    "pci": (PCI_DEVICES - 1, "the PCI bus has room for"),
+    "mmio": (len(layout.GSI_VIRTIO), "virtio-mmio has interrupt lines for"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,72 +32,61 @@ class Slot:
     index: int
     id: str
     config: Any
-    gpa: Gpa
-    gsi: int
+
+
+class Backplane(Protocol):
+    """What devices are plugged into: one transport's connections to buses and KVM. Loop."""
+
+    def interrupts(self, slot: Slot) -> Interrupts:
+        """The ways to interrupt its driver, for a device that is about to be built."""
+        ...
+
+    def connect(self, slot: Slot, device: VirtioDevice) -> None:
+        """Put a built device where its driver finds it."""
+        ...
+
+    def dispatch(self, dispatch: CData) -> list[int]:
+        """Tell the vCPUs' C loop what it answers by itself; the results of its functions."""
+        ...
 
 
 def assign_slots(config: Config) -> list[Slot]:
     """A slot for each device, in the order of the configuration.
 
-    Raises ConfigError("devices") when there are more than interrupt lines.
+    Raises ConfigError("devices") when there are more than the transport has room for.
     """
     devices = config.devices()
-    if len(devices) > len(layout.GSI_VIRTIO):
-        raise ConfigError(
-            "devices",
-            f"{len(devices)} devices: virtio-mmio has interrupt lines for {len(layout.GSI_VIRTIO)}",
-        )
-    return [
-        Slot(
-            index,
-            id,
-            device,
-            Gpa(layout.VIRTIO_MMIO + index * layout.VIRTIO_MMIO_STRIDE_BYTES),
-            layout.GSI_VIRTIO[index],
-        )
-        for index, (id, device) in enumerate(devices)
-    ]
+    room, why = _ROOM[config.transport]
+    if len(devices) > room:
+        raise ConfigError("devices", f"{len(devices)} devices: {why} {room}")
+    return [Slot(index, id, device) for index, (id, device) in enumerate(devices)]
 
 
 async def plug(
     slots: Sequence[Slot],
-    vm: Vm,
-    bus: Bus,
+    backplane: Backplane,
     memory: GuestMemory,
     homes: Homes,
     stack: AsyncExitStack,
     on_error: Callable[[BaseException], None],
-) -> list[VirtioDevice]:
-    """Build each device and connect it to the bus and to KVM; `stack` takes them down."""
-    return [await _plug_one(slot, vm, bus, memory, homes, stack, on_error) for slot in slots]
-
-
-async def _plug_one(
-    slot: Slot,
-    vm: Vm,
-    bus: Bus,
-    memory: GuestMemory,
-    homes: Homes,
-    stack: AsyncExitStack,
-    on_error: Callable[[BaseException], None],
-) -> VirtioDevice:
-    irq_fd = owned_eventfd(stack)
-    vm.irqfd(irq_fd, slot.gsi)
-    interrupts = Interrupts(irq_fd)
-    stack.callback(interrupts.close)
-    context = DeviceContext(
-        id=slot.id,
-        memory=memory,
-        interrupts=interrupts,
-        homes=homes,
-        loop=asyncio.get_running_loop(),
-        stack=stack,
-        on_error=on_error,
-    )
-    device: VirtioDevice = await slot.config.device_type.build(slot.config, context)
-    stack.push_async_callback(device.quiesce)
-    transport = mmio.MmioTransport(device)
-    bus.add(slot.gpa, mmio.SIZE_BYTES, transport, slot.id)
-    for offset, value, fd in transport.kick_registrations():
-        vm.ioeventfd(fd, slot.gpa + offset, _NOTIFY_BYTES, value)
-    return device
+) -> dict[str, VirtioDevice]:
+    """Build each device and connect it; by id. `stack` takes them down."""
+    devices: dict[str, VirtioDevice] = {}
+    for slot in slots:
+        interrupts = backplane.interrupts(slot)
+        stack.callback(interrupts.close)
+        context = DeviceContext(
+            id=slot.id,
+            memory=memory,
+            interrupts=interrupts,
+            homes=homes,
+            loop=asyncio.get_running_loop(),
+            stack=stack,
+            on_error=on_error,
+        )
+        device: VirtioDevice = await slot.config.device_type.build(slot.config, context)
+        # What connects it goes when it is at rest and nothing is raised any more.
+        backplane.connect(slot, device)
+        stack.push_async_callback(device.quiesce)
+        devices[slot.id] = device
+    return devices

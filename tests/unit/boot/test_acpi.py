@@ -10,19 +10,27 @@ from pathlib import Path
 import pytest
 
 from avmm.boot.acpi import aml
-from avmm.boot.acpi.tables import AcpiMmioDevice, build_tables
+from avmm.boot.acpi.tables import AcpiMmioDevice, AcpiPciRoot, build_tables
 from avmm.errors import ConfigError
 from avmm.mem import layout
 from avmm.units import Gpa
 
 DEVICES = [AcpiMmioDevice(i, Gpa(0xD000_0000 + 0x1000 * i), 0x200, 16 + i) for i in range(3)]
+PCI = AcpiPciRoot(
+    Gpa(0xE000_0000), 1 << 20, ((Gpa(0xC000_0000), 1 << 28), (Gpa(1 << 32), 1 << 34))
+)
 
 
 class Tables:
     """Reads the block as a guest would."""
 
-    def __init__(self, cpus: int = 2, devices: list[AcpiMmioDevice] = DEVICES) -> None:
-        self.blob, self.rsdp = build_tables(cpus, devices)
+    def __init__(
+        self,
+        cpus: int = 2,
+        devices: list[AcpiMmioDevice] = DEVICES,
+        pci: AcpiPciRoot | None = None,
+    ) -> None:
+        self.blob, self.rsdp = build_tables(cpus, devices, pci)
 
     def at(self, gpa: int, size: int) -> bytes:
         start = gpa - layout.ACPI_TABLES
@@ -88,6 +96,28 @@ def test_each_virtio_device_has_its_registers_and_its_interrupt() -> None:
         assert aml.memory32_fixed(device.gpa, 0x200) + aml.interrupt(device.gsi) in dsdt
 
 
+def test_the_pci_root_has_its_configuration_space_and_windows() -> None:
+    tables = Tables(devices=[], pci=PCI).all()
+    assert struct.unpack_from("<QHBB", tables["MCFG"], 44) == (PCI.ecam, 0, 0, 0)
+    assert len(tables["MCFG"]) == 60
+    dsdt = tables["DSDT"]
+    assert aml.bus_numbers(0, 0) in dsdt
+    low, high = (aml.memory_window(gpa, size_bytes) for gpa, size_bytes in PCI.windows)
+    assert (low[0], len(low), high[0], len(high)) == (0x87, 26, 0x8A, 46)
+    assert low in dsdt
+    assert high in dsdt
+    assert aml.memory32_fixed(PCI.ecam, PCI.ecam_bytes) in dsdt
+    assert all(sum(table) % 256 == 0 for table in tables.values())
+
+
+def test_windows_end_at_their_last_address() -> None:
+    assert aml.memory_window(0xC000_0000, 0x1000_0000)[6:] == struct.pack(
+        "<IIIII", 0, 0xC000_0000, 0xCFFF_FFFF, 0, 0x1000_0000
+    )
+    assert aml.io_window(0x1000, 0xF000)[6:] == struct.pack("<HHHHH", 0, 0x1000, 0xFFFF, 0, 0xF000)
+    assert aml.bus_numbers(0, 0)[6:] == struct.pack("<HHHHH", 0, 0, 0, 0, 1)
+
+
 def test_tables_that_do_not_fit_are_refused() -> None:
     many = [AcpiMmioDevice(i % 256, Gpa(0), 0x200, 16) for i in range(2000)]
     with pytest.raises(ConfigError, match="2000 devices"):
@@ -148,9 +178,9 @@ def test_eisa_ids_are_packed_as_the_specification_says() -> None:
 
 
 @pytest.mark.skipif(shutil.which("iasl") is None, reason="iasl (acpica-tools) is not installed")
-@pytest.mark.parametrize("name", ["FACP", "APIC", "DSDT"])
+@pytest.mark.parametrize("name", ["FACP", "APIC", "MCFG", "DSDT"])
 def test_the_reference_disassembler_takes_every_table(tmp_path: Path, name: str) -> None:
-    (tmp_path / "table.aml").write_bytes(Tables().all()[name])
+    (tmp_path / "table.aml").write_bytes(Tables(pci=PCI).all()[name])
     run = subprocess.run(
         ["iasl", "-d", "table.aml"], cwd=tmp_path, capture_output=True, text=True, check=False
     )

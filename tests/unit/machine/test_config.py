@@ -11,6 +11,7 @@ import pytest
 import avmm
 from avmm.config import parse_option
 from avmm.machine.config import Config
+from avmm.machine.slots import assign_slots
 from avmm.units import GIB, MIB
 
 TOML = """
@@ -125,6 +126,15 @@ def test_a_disk_may_come_twice_read_only() -> None:
         "blk1",
         "rng0",
     ]
+
+
+@pytest.mark.parametrize(("transport", "room"), [("pci", 31), ("mmio", 15)])
+def test_there_are_as_many_slots_as_the_transport_has(transport: str, room: int) -> None:
+    disks = [avmm.Disk("/x", read_only=True) for _ in range(room)]
+    slots = assign_slots(make(transport=transport, disks=disks))
+    assert [slot.id for slot in slots] == [f"blk{index}" for index in range(room)]
+    with pytest.raises(avmm.ConfigError, match=f"{room + 1} devices: .* {room}"):
+        assign_slots(make(transport=transport, disks=disks, rng=True))
 
 
 @pytest.mark.parametrize(

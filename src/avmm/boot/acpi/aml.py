@@ -11,6 +11,7 @@ ZERO = b"\x00"
 ONE = b"\x01"
 ARG0 = b"\x68"
 LOCAL0 = b"\x60"
+ARG3 = b"\x6b"
 
 _PKG_LENGTH_1_BYTE_MAX = 0x3F
 
@@ -126,6 +127,11 @@ def if_(condition: bytes, *terms: bytes) -> bytes:
     return _packaged(b"\xa0", condition + b"".join(terms))
 
 
+def return_(value: bytes) -> bytes:
+    """Return (value)."""
+    return b"\xa4" + value
+
+
 def notify(path: str, value: int) -> bytes:
     """Notify (path, value)."""
     return b"\x86" + name_string(path) + integer(value)
@@ -144,6 +150,37 @@ def io_ports(port: int, count: int) -> bytes:
 def memory32_fixed(base: int, size_bytes: int) -> bytes:
     """Memory32Fixed (ReadWrite, base, size)."""
     return b"\x86" + struct.pack("<HBII", 9, 1, base, size_bytes)
+
+
+_PRODUCER = 0b1100
+"""Passed on to what is below; both ends are fixed (6.4.3.5)."""
+_MEMORY, _IO, _BUS = 0, 1, 2
+_READ_WRITE, _ENTIRE_RANGE = 1, 3
+
+
+def bus_numbers(first: int, last: int) -> bytes:
+    """WordBusNumber (ResourceProducer, MinFixed, MaxFixed, , 0, first, last, 0, length)."""
+    return b"\x88" + struct.pack(
+        "<HBBBHHHHH", 13, _BUS, _PRODUCER, 0, 0, first, last, 0, last - first + 1
+    )
+
+
+def io_window(port: int, count: int) -> bytes:
+    """WordIO (ResourceProducer, MinFixed, MaxFixed, , EntireRange, 0, port, last, 0, count)."""
+    last = port + count - 1
+    return b"\x88" + struct.pack(
+        "<HBBBHHHHH", 13, _IO, _PRODUCER, _ENTIRE_RANGE, 0, port, last, 0, count
+    )
+
+
+def memory_window(gpa: int, size_bytes: int) -> bytes:
+    """QWordMemory (ResourceProducer, , MinFixed, MaxFixed, NonCacheable, ReadWrite, 0, gpa, last,
+    0, size), or DWordMemory below 4 GiB."""
+    last = gpa + size_bytes - 1
+    tag, length, layout = (b"\x87", 23, "IIIII") if last < 1 << 32 else (b"\x8a", 43, "QQQQQ")
+    return tag + struct.pack(
+        f"<HBBB{layout}", length, _MEMORY, _PRODUCER, _READ_WRITE, 0, gpa, last, 0, size_bytes
+    )
 
 
 def interrupt(gsi: int) -> bytes:

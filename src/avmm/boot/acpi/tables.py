@@ -39,7 +39,18 @@ class AcpiMmioDevice:
     gsi: int
 
 
-def build_tables(cpus: int, devices: Sequence[AcpiMmioDevice]) -> tuple[bytes, Gpa]:
+@dataclass(frozen=True, slots=True)
+class AcpiPciRoot:
+    """A PCI host bridge as MCFG and DSDT name it; bus 0 only. windows: (gpa, size in bytes)."""
+
+    ecam: Gpa
+    ecam_bytes: int
+    windows: tuple[tuple[Gpa, int], ...]
+
+
+def build_tables(
+    cpus: int, devices: Sequence[AcpiMmioDevice] = (), pci: AcpiPciRoot | None = None
+) -> tuple[bytes, Gpa]:
     """All tables as one block for layout.ACPI_TABLES, and the address of the RSDP in it."""
     blob = bytearray(64)  # the RSDP goes here, first: an OS scans for it from this address
 
@@ -48,8 +59,10 @@ def build_tables(cpus: int, devices: Sequence[AcpiMmioDevice]) -> tuple[bytes, G
         blob.extend(table + bytes(-len(table) % 16))
         return gpa
 
-    dsdt = place(_dsdt(cpus, devices))
+    dsdt = place(_dsdt(cpus, devices, pci))
     tables = [place(_fadt(dsdt)), place(_madt(cpus))]
+    if pci is not None:
+        tables.append(place(_mcfg(pci)))
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
     rsdp = _rsdp(xsdt)
     blob[: len(rsdp)] = rsdp
@@ -118,7 +131,11 @@ def _madt(cpus: int) -> bytes:
     return _table(b"APIC", 5, bytes(body))
 
 
-def _dsdt(cpus: int, devices: Sequence[AcpiMmioDevice]) -> bytes:
+def _mcfg(pci: AcpiPciRoot) -> bytes:
+    return _table(b"MCFG", 1, struct.pack("<8xQHBB4x", pci.ecam, 0, 0, 0))
+
+
+def _dsdt(cpus: int, devices: Sequence[AcpiMmioDevice], pci: AcpiPciRoot | None) -> bytes:
     s5 = aml.integer(_SLEEP_TYPE_S5)
     body = aml.name("\\_S5", aml.package(s5, s5, aml.ZERO, aml.ZERO))
     body += aml.scope(
@@ -130,6 +147,7 @@ def _dsdt(cpus: int, devices: Sequence[AcpiMmioDevice]) -> bytes:
         aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C")), aml.name("_UID", aml.ZERO)),
         _event_device(),
         *(_virtio_mmio(d) for d in devices),
+        *(_pci_root(pci) if pci is not None else ()),
     )
     return _table(b"DSDT", 2, body)
 
@@ -197,3 +215,32 @@ def _virtio_mmio(device: AcpiMmioDevice) -> bytes:
         aml.name("_CCA", aml.ONE),
         aml.name("_CRS", aml.resource_template(*resources)),
     )
+
+
+def _pci_root(pci: AcpiPciRoot) -> tuple[bytes, ...]:
+    """The host bridge, and the memory-mapped configuration space, which is to be declared as a
+    motherboard resource (PCI Firmware 3.3 section 4.1.2)."""
+    resources = (
+        aml.bus_numbers(0, 0),
+        aml.io_ports(layout.PORT_PCI_ADDRESS, layout.PORT_PCI_BYTES),
+        aml.io_window(layout.PORT_PCI_DEVICES, layout.PORT_PCI_DEVICES_BYTES),
+        *(aml.memory_window(gpa, size_bytes) for gpa, size_bytes in pci.windows),
+    )
+    bridge = aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisa_id("PNP0A08")),
+        aml.name("_CID", aml.eisa_id("PNP0A03")),
+        aml.name("_UID", aml.ZERO),
+        aml.name("_SEG", aml.ZERO),
+        aml.name("_BBN", aml.ZERO),
+        aml.name("_CRS", aml.resource_template(*resources)),
+        # The OS may control all it asks for: nothing here is the firmware's.
+        aml.method("_OSC", 4, aml.return_(aml.ARG3)),
+    )
+    ecam = aml.memory32_fixed(pci.ecam, pci.ecam_bytes)
+    board = aml.device(
+        "MRES",
+        aml.name("_HID", aml.eisa_id("PNP0C02")),
+        aml.name("_CRS", aml.resource_template(ecam)),
+    )
+    return bridge, board
