@@ -42,6 +42,7 @@ class Costs(msgspec.Struct, frozen=True, omit_defaults=True):
     driver_cpu_s_per_request: float | None = None
     kicks_per_request: float | None = None
     interrupts_per_request: float | None = None
+    exits_per_request: float | None = None
     p50_s: float | None = None
     p99_s: float | None = None
 
@@ -49,8 +50,8 @@ class Costs(msgspec.Struct, frozen=True, omit_defaults=True):
 class Case(msgspec.Struct, frozen=True, omit_defaults=True):
     """One row: the same work done by all contenders, taking turns.
 
-    name: unique in its suite. series: contender to its runs' values, in `unit`. costs: by
-    contender.
+    name: unique in its suite. series: contender to its runs' values, in `unit`; "avmm OPTION" is
+    avmm in another configuration than its default. costs: by contender.
     """
 
     suite: str
@@ -63,8 +64,8 @@ class Case(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def peers(self) -> list[str]:
-        """The contenders that are neither us nor the limit."""
-        return [name for name in self.series if name not in (OWN, LIMIT)]
+        """The contenders that are neither us, in whatever configuration, nor the limit."""
+        return [name for name in self.series if name.split()[0] not in (OWN, LIMIT)]
 
     def median(self, name: str) -> float | None:
         """Of a series, LIMIT or BEST; None when it did not take part."""

@@ -84,6 +84,7 @@ _COSTS: tuple[tuple[str, Callable[[Costs], float | None], float, str], ...] = (
     ("driver CPU us", lambda costs: costs.driver_cpu_s_per_request, 1e6, ".2f"),
     ("kicks/request", lambda costs: costs.kicks_per_request, 1, ".3f"),
     ("interrupts/request", lambda costs: costs.interrupts_per_request, 1, ".3f"),
+    ("exits/request", lambda costs: costs.exits_per_request, 1, ".3f"),
     ("p50 us", lambda costs: costs.p50_s, 1e6, ".1f"),
     ("p99 us", lambda costs: costs.p99_s, 1e6, ".1f"),
 )

@@ -64,7 +64,11 @@ class Suite:
         return cast(SuiteModule, importlib.import_module(self.module))
 
 
-SUITES: tuple[Suite, ...] = ()
+SUITES: tuple[Suite, ...] = (
+    Suite("blk-guest", "blk", "guest", "avmm.bench.guest.blk"),
+    Suite("net-guest", "net", "guest", "avmm.bench.guest.net"),
+    Suite("boot-guest", "boot", "guest", "avmm.bench.guest.start"),
+)
 
 
 def run(groups: tuple[str, ...], grounds: tuple[str, ...], options: Options) -> Record:

@@ -48,7 +48,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, dest=name, choices=get_args(hints[name]), help=text)
         else:
             parser.add_argument(flag, dest=name, metavar=_metavar(name), help=text)
-    parser.add_argument("--stats", action="store_true", help="final counters, as JSON on stderr")
+    parser.add_argument(
+        "--stats",
+        action="store_true",
+        help="counters as JSON on stderr: the final ones, and the present ones on SIGUSR1",
+    )
     parser.add_argument(
         "-v", "--verbose", action="count", default=0, help="log to stderr; -vv for everything"
     )
@@ -61,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     config = make_config(options)
     attached = is_terminal()
     try:
-        ending = run_loop(_run(config, attached))
+        ending = run_loop(_run(config, attached, options.stats))
     except asyncio.CancelledError:
         return EXIT_TERMINATED
     except HostError as e:
@@ -69,8 +73,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"avmm: {e}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if options.stats:
-        values = {"reason": str(ending.reason), **asdict(ending.statistics)}
-        print(json.dumps(values), file=sys.stderr)
+        _print_statistics(ending.statistics, str(ending.reason))
     if ending.interrupted:
         return EXIT_INTERRUPTED
     if ending.reason.kind in (ExitKind.POWEROFF, ExitKind.REBOOT, ExitKind.STOPPED):
@@ -141,21 +144,27 @@ class _Ending:
     interrupted: bool
 
 
-async def _run(config: Config, attached: bool) -> _Ending:
+def _print_statistics(statistics: MachineStatistics, reason: str | None = None) -> None:
+    """One line; reason: of the end, None while the guest runs."""
+    values = {"reason": reason, **asdict(statistics)}
+    print(json.dumps(values), file=sys.stderr, flush=True)
+
+
+async def _run(config: Config, attached: bool, stats: bool) -> _Ending:
     task = asyncio.current_task()
     assert task is not None
     while True:
         # Until the guest runs there is nobody to ask; and the terminal has to be restored.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         with raw_mode(sys.stdin.fileno()) if attached else contextlib.nullcontext():
-            async with MicroVM(config) as vm, _attached(vm, attached) as interrupted:
+            async with MicroVM(config) as vm, _attached(vm, attached, stats) as interrupted:
                 reason = await vm.wait()
         if reason.kind is not ExitKind.REBOOT or config.on_reboot == "stop":
             return _Ending(reason, vm.statistics(), interrupted.is_set())
 
 
 @contextlib.asynccontextmanager
-async def _attached(vm: MicroVM, attached: bool) -> AsyncIterator[asyncio.Event]:
+async def _attached(vm: MicroVM, attached: bool, stats: bool) -> AsyncIterator[asyncio.Event]:
     """Console and signals of a running VM; the event is set when the user ended it."""
     interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -182,12 +191,15 @@ async def _attached(vm: MicroVM, attached: bool) -> AsyncIterator[asyncio.Event]
     source = Input(sys.stdin.fileno(), vm.console, on_escape)
     loop.add_signal_handler(signal.SIGINT, interrupt)
     loop.add_signal_handler(signal.SIGTERM, terminate)
+    if stats:
+        loop.add_signal_handler(signal.SIGUSR1, lambda: _print_statistics(vm.statistics()))
     start(_forward(source))
     try:
         yield interrupted
     finally:
         loop.remove_signal_handler(signal.SIGINT)
         loop.remove_signal_handler(signal.SIGTERM)
+        loop.remove_signal_handler(signal.SIGUSR1)
         for task in tuple(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

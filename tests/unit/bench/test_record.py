@@ -156,7 +156,7 @@ def test_the_table_shows_ratios_verdicts_and_what_is_missing() -> None:
     verdicts = results.rows[0][4]
     assert verdicts == ">=1.2x qemu: met, >=2x qemu: MISSED, >=0.5x limit: not measured"
     assert results.rows[1][2:] == ["1.00 ±0%", "-", ""]
-    assert costs.rows == [["r", OWN, "2.00", "-", "0.250", "-", "-", "-"]]
+    assert costs.rows == [["r", OWN, "2.00", "-", "0.250", "-", "-", "-", "-"]]
     assert "| r | IOPS | 150 ±0% |" in report.markdown(results)
     assert report.plain(results).splitlines()[1].split() == results.head
     assert "1 met, 1 missed, 1 not measured" in report.summary(record_of(row))
