@@ -6,7 +6,6 @@ It speaks the protocol of QEMU's docs/interop/vhost-user to any back-end. Blocki
 from __future__ import annotations
 
 import contextlib
-import enum
 import mmap
 import os
 import socket
@@ -18,10 +17,10 @@ from typing import Self
 from avmm.errors import HostError
 from avmm.native import CData, ffi, lib
 from avmm.units import PAGE_BYTES, align_up
+from avmm.vhost_user.message import F_PROTOCOL_FEATURES, ProtocolFeature, Request
 
 F_INDIRECT_DESC = 1 << 28
 F_EVENT_IDX = 1 << 29
-F_PROTOCOL_FEATURES = 1 << 30
 F_VERSION_1 = 1 << 32
 F_RING_PACKED = 1 << 34
 
@@ -30,35 +29,6 @@ MEMORY_GPA = 0x10_0000
 
 _TABLE_BYTES = 128
 """Of indirect table for each descriptor: see native/vdriver.h."""
-
-
-class Request(enum.IntEnum):
-    """The messages that we send."""
-
-    GET_FEATURES = 1
-    SET_FEATURES = 2
-    SET_OWNER = 3
-    SET_MEM_TABLE = 5
-    SET_VRING_NUM = 8
-    SET_VRING_ADDR = 9
-    SET_VRING_BASE = 10
-    GET_VRING_BASE = 11
-    SET_VRING_KICK = 12
-    SET_VRING_CALL = 13
-    SET_VRING_ERR = 14
-    GET_PROTOCOL_FEATURES = 15
-    SET_PROTOCOL_FEATURES = 16
-    GET_QUEUE_NUM = 17
-    SET_VRING_ENABLE = 18
-    GET_CONFIG = 24
-
-
-class ProtocolFeature(enum.IntFlag):
-    """Those that we use."""
-
-    MQ = 1 << 0
-    REPLY_ACK = 1 << 3
-    CONFIG = 1 << 9
 
 
 _VERSION = 1

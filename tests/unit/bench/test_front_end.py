@@ -16,17 +16,15 @@ import pytest
 from avmm.bench.front_end import (
     F_EVENT_IDX,
     F_INDIRECT_DESC,
-    F_PROTOCOL_FEATURES,
     F_RING_PACKED,
     F_VERSION_1,
     MEMORY_GPA,
     FrontEnd,
-    ProtocolFeature,
-    Request,
     RingPlace,
     encode,
 )
 from avmm.errors import HostError
+from avmm.vhost_user.message import F_PROTOCOL_FEATURES, ProtocolFeature, Request
 
 ALL = F_VERSION_1 | F_PROTOCOL_FEATURES | F_EVENT_IDX | F_INDIRECT_DESC | F_RING_PACKED
 

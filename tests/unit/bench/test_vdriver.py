@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from avmm.bench.front_end import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, RingPlace
+from avmm.bench.front_end import (
+    F_EVENT_IDX,
+    F_INDIRECT_DESC,
+    F_RING_PACKED,
+    F_VERSION_1,
+    RingPlace,
+)
 from avmm.mem.guest import GuestMemory
 from avmm.native import CData, ffi, lib
 from avmm.units import MIB
@@ -21,10 +27,11 @@ from fakes.blk_back_end import DeviceRing, serve_blk
 DATA_GPA = 1 * MIB
 DATA_BYTES = 1 * MIB
 FEATURES = [
-    pytest.param(0, id="plain"),
-    pytest.param(F_EVENT_IDX, id="event-idx"),
-    pytest.param(F_INDIRECT_DESC, id="indirect"),
-    pytest.param(F_EVENT_IDX | F_INDIRECT_DESC, id="event-idx-indirect"),
+    pytest.param(packed | event_idx | indirect, id="-".join(filter(None, names)))
+    for packed, format in ((0, "split"), (F_RING_PACKED, "packed"))
+    for event_idx, event in ((0, ""), (F_EVENT_IDX, "event-idx"))
+    for indirect, table in ((0, ""), (F_INDIRECT_DESC, "indirect"))
+    for names in [(format, event, table)]
 ]
 
 
