@@ -175,6 +175,15 @@ void av_net_set_link(struct av_net *net, int up)
     av_lane_unlock(&net->lane);
 }
 
+void av_net_set_filter(struct av_net *net, const struct av_net_filter *filter)
+{
+    av_lane_lock(&net->lane);
+    net->rx.filtered = filter != NULL;
+    if (filter != NULL)
+        net->rx.filter = *filter;
+    av_lane_unlock(&net->lane);
+}
+
 int av_net_take_error(struct av_net *net)
 {
     int error;

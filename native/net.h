@@ -13,10 +13,26 @@ struct av_net_stats {
     uint64_t rx_packets;
     uint64_t rx_bytes;   /* headers not counted */
     uint64_t rx_dropped; /* larger than the buffers the guest has for one packet */
+    uint64_t rx_filtered; /* not for the guest, by what it asked for */
     uint64_t rx_copied;  /* larger than the buffers taken for them, so in part by way of ours */
     uint64_t tx_packets;
     uint64_t tx_bytes;
     uint64_t tx_dropped; /* refused by the TAP, shorter than a header, or without a cable */
+};
+
+/* What the guest wants to receive (section 5.1.6.5.1 to 3). `mac` counts as one of its addresses. */
+struct av_net_filter {
+    uint8_t mac[6];
+    uint8_t promisc;
+    uint8_t allmulti;
+    uint8_t alluni;
+    uint8_t nomulti;
+    uint8_t nouni;
+    uint8_t nobcast;
+    uint8_t by_vlan; /* tagged frames only of the networks in `vlan` */
+    uint32_t addresses;
+    uint8_t address[64][6];
+    uint64_t vlan[64]; /* a bit for each number */
 };
 
 /* home and rings are borrowed. fd: a non-blocking TAP queue whose packets begin with the 12 bytes
@@ -33,6 +49,8 @@ void av_net_start(struct av_net *net, int mergeable);
 void av_net_stop(struct av_net *net);
 /* Whether the cable is in. Without it nothing is received, and what the guest sends is lost. */
 void av_net_set_link(struct av_net *net, int up);
+/* Drop what does not pass, copied; NULL: all passes. */
+void av_net_set_filter(struct av_net *net, const struct av_net_filter *filter);
 /* The errno with which the TAP refused to be read since the last call, 0: none. Nothing is
  * received after one, until av_net_set_link(). */
 int av_net_take_error(struct av_net *net);

@@ -10,6 +10,7 @@
 
 #define AV_NET_HEADER_BYTES 12u
 #define AV_NET_NUM_BUFFERS_AT 10u
+#define AV_NET_FILTER_BYTES 16u /* of a frame, what a filter looks at: addresses and VLAN tag */
 #define AV_NET_PACKET_MAX_BYTES (AV_NET_HEADER_BYTES + 65536u + 64u)
 #define AV_NET_CHAIN_IOV_MAX 256u
 #define AV_NET_IOV_MAX 1024u /* what readv takes */
@@ -38,6 +39,8 @@ struct av_net_rx {
     struct av_net_held held[AV_NET_HELD_MAX];
     struct iovec iov[AV_NET_IOV_MAX];
     uint8_t *staging;
+    bool filtered;
+    struct av_net_filter filter;
 };
 
 struct av_net_tx {
@@ -55,6 +58,8 @@ struct av_net {
     struct av_net_stats stats;
 };
 
+/* Whether a frame that begins with these bytes is for the guest. */
+bool av_net_wanted(const struct av_net_filter *filter, const uint8_t *frame);
 /* Move packets, a bounded number. 1 more to do, 0, or -EPROTO. */
 int av_net_receive(struct av_net *net);
 int av_net_transmit(struct av_net *net);

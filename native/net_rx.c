@@ -102,6 +102,28 @@ static void deliver(struct av_net *net, uint32_t bytes)
     net->stats.rx_bytes += bytes - AV_NET_HEADER_BYTES;
 }
 
+/* Whether the packet of `bytes` that was just read is for the guest. */
+static bool wanted(const struct av_net_rx *rx, uint32_t bytes)
+{
+    const uint32_t end = AV_NET_HEADER_BYTES + AV_NET_FILTER_BYTES;
+    const struct iovec *iov = &rx->iov[rx->first_iov];
+    uint8_t packet[AV_NET_HEADER_BYTES + AV_NET_FILTER_BYTES] = { 0 };
+
+    if (!rx->filtered)
+        return true;
+    if (iov->iov_len >= end && bytes >= end)
+        return av_net_wanted(&rx->filter, (const uint8_t *)iov->iov_base + AV_NET_HEADER_BYTES);
+    /* In pieces; the last is in `staging`, which is large enough for all. */
+    for (uint32_t at = 0, from = 0; at < end && at < bytes; at++, from++) {
+        while (from == iov->iov_len) {
+            iov++;
+            from = 0;
+        }
+        packet[at] = ((const uint8_t *)iov->iov_base)[from];
+    }
+    return av_net_wanted(&rx->filter, packet + AV_NET_HEADER_BYTES);
+}
+
 /* Go on with a packet that is larger than the buffers held when it was read; as receive_one(). */
 static int finish_staged(struct av_net *net)
 {
@@ -144,6 +166,10 @@ static int receive_one(struct av_net *net)
         return got == 0 ? -EIO : -errno;
     if (got < (ssize_t)AV_NET_HEADER_BYTES)
         return 1;
+    if (!wanted(rx, (uint32_t)got)) {
+        net->stats.rx_filtered++;
+        return 1;
+    }
     rx->guess = (uint32_t)got;
     if ((uint32_t)got > rx->held_bytes) {
         rx->staged = (uint32_t)got;

@@ -14,6 +14,8 @@ from avmm.errors import ConfigError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+_SWITCH = {"on": True, "off": False}
+
 
 def field_hint(struct: type[msgspec.Struct], name: str, key: str) -> Any:
     """An entry of the `extra` of a field's Annotated[..., msgspec.Meta(extra={...})]."""
@@ -35,6 +37,7 @@ def field_description(struct: type[msgspec.Struct], name: str) -> str:
 
 def parse_option(text: str, struct: type[T], what: str) -> T:
     """A struct from "VALUE,key=value,flag": the first part may be the first field's bare value.
+    A flag may also be written flag=on or flag=off.
 
     what: the option, for the ConfigError that names a bad part.
     """
@@ -44,7 +47,7 @@ def parse_option(text: str, struct: type[T], what: str) -> T:
         key, separator, value = part.partition("=")
         if separator and key in aliases:
             name: str = aliases[key]
-            values[name] = value
+            values[name] = _SWITCH.get(value, value) if _is_flag(struct, name) else value
         elif part in aliases and _is_flag(struct, aliases[part]):
             values[aliases[part]] = True
         elif index == 0 and part:

@@ -31,10 +31,11 @@ class Netlink:
         found = self._ipr.link_lookup(ifname=name)
         return int(found[0]) if found else None
 
-    def add_tap(self, name: str) -> None:
+    def add_tap(self, name: str, *, multi_queue: bool = False) -> None:
         """Make a TAP that takes a virtio-net header before each packet."""
+        flags = {"vnet_hdr": 1, "multi_queue": int(multi_queue)}
         with _explained(f"Creating TAP {name}"):
-            self._ipr.link("add", ifname=name, kind="tuntap", mode="tap", vnet_hdr=True)
+            self._ipr.link("add", ifname=name, kind="tuntap", mode="tap", ifr=flags)
 
     def set_up(self, index: int, name: str, mtu: int | None) -> None:
         """Set the MTU, if given, and bring the interface up."""

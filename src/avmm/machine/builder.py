@@ -78,7 +78,7 @@ async def build(config: Config, stack: AsyncExitStack, end: End) -> Parts:
         )
         stack.callback(homes.close)
         backplane = _backplane(config, kvm, vm, platform, stack)
-        devices = await plug(slots, backplane, memory, homes, stack, on_error)
+        devices = await plug(slots, backplane, memory, homes, stack, on_error, config.cpus)
         registers = await loading
     console = Console(platform.serial)
     stack.callback(console.close)

@@ -19,6 +19,7 @@ from avmm.machine.lifecycle import State, uninterrupted
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.vcpu.thread import VcpuStatistics
 from avmm.virtio.device import DeviceStatistics
+from avmm.virtio.devices.net import NetDevice
 from avmm.virtio.home import HomeStatistics
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,17 @@ class MicroVM:
         parts.gate.resume()
         if self._state is State.PAUSED:
             self._state = State.RUNNING
+
+    def set_link(self, id: str, up: bool) -> None:
+        """Plug the cable of a NIC in or out, at both ends.
+
+        id: the device's, "net0" for the first NIC without one of its own. Raises ConfigError when
+        there is no such NIC, HostError.
+        """
+        device = self._running_parts("set_link").devices.get(id)
+        if not isinstance(device, NetDevice):
+            raise ConfigError("device", f"set_link: this microVM has no NIC {id!r}")
+        device.set_link(up)
 
     async def close(self) -> None:
         """Kill the guest if it still runs and give everything back; idempotent."""

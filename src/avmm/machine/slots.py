@@ -69,6 +69,7 @@ async def plug(
     homes: Homes,
     stack: AsyncExitStack,
     on_error: Callable[[BaseException], None],
+    cpus: int,
 ) -> dict[str, VirtioDevice]:
     """Build each device and connect it; by id. `stack` takes them down."""
     devices: dict[str, VirtioDevice] = {}
@@ -83,6 +84,7 @@ async def plug(
             loop=asyncio.get_running_loop(),
             stack=stack,
             on_error=on_error,
+            cpus=cpus,
         )
         device: VirtioDevice = await slot.config.device_type.build(slot.config, context)
         # What connects it goes when it is at rest and nothing is raised any more.

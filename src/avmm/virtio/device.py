@@ -60,6 +60,9 @@ class Hooks:
     def on_resume(self) -> None:
         """Work begins, after on_activate() or a rest: watch descriptors of your own."""
 
+    def on_hold(self) -> None:
+        """Undo on_resume(); called again and again."""
+
     def on_queue_stop(self, index: int) -> None:
         """Forget chains taken from a queue and not given back; the driver has them again."""
 
@@ -67,8 +70,8 @@ class Hooks:
         """Forget what the driver set up; at rest, after every on_queue_stop()."""
 
     def kick(self, index: int) -> bool:
-        """Work on queue `index`, which no lane serves and whose kick_fd is readable: drain it, do
-        a bounded amount. True when there is more to do. Raises GuestFault or HostError."""
+        """Work on queue `index`, which no enabled lane serves and whose kick_fd is readable: drain
+        it, do a bounded amount. True when there is more to do. Raises GuestFault or HostError."""
         raise BugError("device", f"queue {index} has neither a lane nor a kick()")
 
     def on_news(self) -> None:
@@ -117,7 +120,7 @@ class VirtioDevice(Hooks):
             context.stack.callback(queue.close)
             self.queues.append(queue)
 
-    def add_lane(self, native: CData, home: Home, queues: Sequence[Queue], op: str) -> None:
+    def add_lane(self, native: CData, home: Home, queues: Sequence[Queue], op: str) -> Lane:
         """Let a native lane serve these queues. op: begins the message of its HostError."""
 
         def on_failure(result: int) -> None:
@@ -126,6 +129,7 @@ class VirtioDevice(Hooks):
         lane = Lane(native, home, queues, on_failure, self._tell_news)
         self.context.stack.callback(lane.close)
         self._lanes.append(lane)
+        return lane
 
     def _tell_news(self) -> None:
         with self._contained():
@@ -229,6 +233,8 @@ class VirtioDevice(Hooks):
         self.on_resume()
         served: set[Queue] = set()
         for lane in self._lanes:
+            if not lane.enabled:
+                continue
             served.update(lane.queues)
             if any(queue.ready for queue in lane.queues):
                 lane.start()
@@ -241,6 +247,7 @@ class VirtioDevice(Hooks):
     def _hold(self) -> None:
         """Take no more chains."""
         self.pump.stop()
+        self.on_hold()
         for lane in self._lanes:
             lane.hold()
 

@@ -22,6 +22,7 @@ class DeviceContext:
 
     stack: closes, in reverse order, what the device opened on the host.
     on_error: called on the loop with an error that is avmm's own or the host's; it ends the VM.
+    cpus: the guest's, for devices that have a queue for each.
     """
 
     id: str
@@ -31,6 +32,7 @@ class DeviceContext:
     loop: asyncio.AbstractEventLoop
     stack: AsyncExitStack
     on_error: Callable[[BaseException], None]
+    cpus: int = 1
 
 
 @dataclass(frozen=True, slots=True)

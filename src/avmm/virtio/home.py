@@ -120,6 +120,7 @@ class Lane:
     """The loop's control of one native lane, which the device owns. Loop.
 
     queues: those whose chains it takes, in the order of its kick descriptors.
+    enabled: whether it is to be started with its device.
     on_failure: called with -errno when it stopped by itself; -EPROTO is the guest's doing.
     on_news: called when the native device has something to tell.
     """
@@ -133,6 +134,7 @@ class Lane:
         on_news: Callable[[], None],
     ) -> None:
         self.queues = tuple(queues)
+        self.enabled = True
         self._native = native
         self._home = home
         self._on_failure = on_failure
@@ -196,6 +198,11 @@ class Homes:
                 home.close()
             raise
         return cls(homes[0], homes[1:])
+
+    @property
+    def threads(self) -> int:
+        """How many I/O threads there are."""
+        return len(self.all) - 1
 
     def pick(self, choice: HomeChoice) -> Home:
         """A home for one more lane: threads take turns."""

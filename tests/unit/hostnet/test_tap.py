@@ -124,6 +124,57 @@ def test_a_tap_that_exists_is_used_and_stays_without_our_address() -> None:
     assert lines == ["['avt0', 'lo'] 10.9.8.1 False", "['avt0', 'lo'] None"]
 
 
+def test_a_tap_with_several_queues_sends_packets_only_to_those_attached() -> None:
+    lines = output("""
+        import socket
+        tap = await open_tap(TapSettings("avt0", queues=3))
+        print(len(tap.fds), all(not os.get_blocking(fd) for fd in tap.fds))
+        tap.set_queues([True])
+        tap.set_queues([True, False, True])
+        def read(fd):
+            try:
+                return os.read(fd, 2000)
+            except OSError as e:
+                return e.errno
+        frame = b"\\xff" * 6 + bytes(6) + b"\\x88\\xb5" + bytes(46)
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
+            s.bind(("avt0", 0))
+            for _ in range(20):
+                s.send(frame)
+        got = [0, 0, 0]
+        for index in range(3):
+            while isinstance(packet := read(tap.fds[index]), bytes):
+                got[index] += packet[12:] == frame
+        print(sum(got), got[1])
+        await tap.close()
+        print(names())
+    """)
+    assert lines == ["3 True", "20 0", "['lo']"]
+
+
+def test_a_tap_that_was_made_with_one_queue_has_one() -> None:
+    lines = output("""
+        from avmm.hostnet.netlink import with_netlink
+        await with_netlink(lambda netlink: netlink.add_tap("avt0"))
+        tap = await open_tap(TapSettings("avt0", queues=4))
+        print(len(tap.fds))
+        await tap.close()
+        print(names())
+    """)
+    assert lines == ["1", "['avt0', 'lo']"]
+
+
+def test_a_tap_that_was_made_with_several_queues_can_be_used_with_one() -> None:
+    lines = output("""
+        from avmm.hostnet.netlink import with_netlink
+        await with_netlink(lambda netlink: netlink.add_tap("avt0", multi_queue=True))
+        tap = await open_tap(TapSettings("avt0"))
+        print(len(tap.fds))
+        await tap.close()
+    """)
+    assert lines == ["1"]
+
+
 def test_a_tap_in_use_is_refused_by_name() -> None:
     lines = output("""
         tap = await open_tap(TapSettings("avt0"))

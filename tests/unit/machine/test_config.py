@@ -151,6 +151,7 @@ def test_there_are_as_many_slots_as_the_transport_has(transport: str, room: int)
         ({"name": "t", "mac": "01:00:00:00:00:01"}, "not a unicast"),
         ({"name": "t", "mac": "52:54"}, "not a MAC"),
         ({"name": "t", "mtu": 12}, "mtu=12"),
+        ({"name": "t", "queues": 0}, "queues=0 is not in 1 to 64"),
     ],
 )
 def test_bad_nics_are_refused(tap: dict[str, Any], message: str) -> None:
@@ -172,6 +173,9 @@ def test_option_strings_are_parsed_by_the_structs_fields() -> None:
         "/x", read_only=True, id="y"
     )
     assert parse_option("tap=t0,mtu=1400", avmm.Tap, "--net") == avmm.Tap("t0", mtu=1400)
+    assert parse_option("/x,ro=on,direct=off", avmm.Disk, "--disk") == avmm.Disk(
+        "/x", read_only=True
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,10 @@
-"""virtio-net over real rings, a socket pair in the place of the TAP."""
+"""virtio-net: frames, the cable, what is negotiated."""
 
 from __future__ import annotations
 
 import functools
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
 
 import pytest
 
@@ -17,103 +14,20 @@ from avmm.hostnet.tap import (
     OFFLOAD_TSO4,
     OFFLOAD_TSO6,
     OFFLOAD_TSO_ECN,
-    HostTap,
-    TapSettings,
+    OFFLOAD_USO4,
+    OFFLOAD_USO6,
 )
 from avmm.virtio import features
-from avmm.virtio.devices.net import RX, TX, NetDevice, Tap
-from avmm.virtio.devtype import DeviceContext
+from avmm.virtio.devices.net import RX, TX
 from avmm.virtio.interrupt import CONFIG_CHANGE
 from avmm.virtio.state import DEVICE_NEEDS_RESET
 from avmm.virtio.transport import mmio
-from fakes.driver_queue import DriverQueue, Segment
-from fakes.mmio_driver import eventually, readable, settle
-from fakes.virtio_rig import DATA_GPA, Rig, virtio_rig
+from fakes.driver_queue import DriverQueue
+from fakes.mmio_driver import eventually, settle
+from fakes.net_rig import HEADER, Plugged, net_rig
 
-HEADER = bytes(12)
 STATUS = mmio.CONFIG + 6
-RX_GPA = DATA_GPA
-TX_GPA = DATA_GPA + 0x10_0000
-
-Plugged = Callable[..., AbstractAsyncContextManager["Net"]]
-
-
-class FakeTap(HostTap):
-    """Packets go to and come from `wire`, each with the 12 bytes of a header."""
-
-    def __init__(self) -> None:
-        ours, self.wire = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, self.wire):
-            end.setblocking(False)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as small as it gets
-        settings = TapSettings("avtest0")
-        super().__init__(settings, ours.detach(), created=True, added=False, mtu=1500)
-        self.offloads: list[int] = []
-        self.carrier: list[bool] = []
-
-    def set_offload(self, flags: int) -> None:
-        self.offloads.append(flags)
-
-    def set_carrier(self, up: bool) -> None:
-        self.carrier.append(up)
-
-    async def sent(self) -> bytes:
-        """The next packet that the guest sent, without its header."""
-        await readable(self.wire.fileno())
-        return self.wire.recv(70_000)[12:]
-
-
-@dataclass
-class Net:
-    """buffers: where each head's receive buffer is."""
-
-    rig: Rig[NetDevice]
-    tap: FakeTap
-    buffers: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def rx(self) -> DriverQueue:
-        return self.rig.driver.queues[RX]
-
-    def offer_rx(self, count: int, size_bytes: int = 2048) -> None:
-        for at in range(count):
-            gpa = RX_GPA + at * size_bytes
-            self.buffers[self.rx.offer(Segment(gpa, size_bytes, writable=True))] = gpa
-        self.rig.driver.kick(RX)
-
-    def send(self, frame: bytes, at: int = 0) -> None:
-        gpa = TX_GPA + 2048 * at
-        self.rig.memory.write(gpa, HEADER + frame)
-        self.rig.driver.queues[TX].offer(Segment(gpa, len(HEADER) + len(frame)))
-        self.rig.driver.kick(TX)
-
-    def counter(self, name: str) -> int:
-        return self.rig.device.statistics().counters[name]
-
-    async def received(self) -> bytes:
-        """The next frame, which fits in one buffer."""
-        ((head, written),) = await self.rig.driver.used(RX)
-        packet = self.rig.memory.read(self.buffers[head], written)
-        assert packet[10:12] == b"\x01\x00"  # num_buffers
-        return packet[12:]
-
-
-@asynccontextmanager
-async def net_rig(
-    io_threads: int, accept: int | None = None, **options: object
-) -> AsyncIterator[Net]:
-    """A started NIC."""
-    tap = FakeTap()
-
-    async def build(context: DeviceContext) -> NetDevice:
-        context.stack.callback(tap.wire.close)
-        context.stack.push_async_callback(tap.close)
-        return NetDevice(Tap("avtest0", **options), tap, context)  # type: ignore[arg-type]
-
-    async with virtio_rig(build, io_threads=io_threads) as rig:
-        await rig.driver.start(accept)
-        yield Net(rig, tap)
-        assert rig.errors == []
+LINK_UP, ANNOUNCE = 1, 2
 
 
 @pytest.fixture(params=[0, 1], ids=["loop", "thread"])
@@ -164,7 +78,7 @@ async def test_a_large_frame_fills_several_buffers(plugged: Plugged) -> None:
         net.offer_rx(40)
         net.tap.wire.send(HEADER + frame)
         used = await net.rig.driver.used(RX, 3)
-        packet = b"".join(net.rig.memory.read(net.buffers[h], n) for h, n in used)
+        packet = b"".join(net.rig.memory.read(net.buffers[0, h], n) for h, n in used)
         assert packet[10:12] == b"\x03\x00"
         assert packet[12:] == frame
 
@@ -179,6 +93,9 @@ async def test_a_large_frame_fills_several_buffers(plugged: Plugged) -> None:
             OFFLOAD_CSUM | OFFLOAD_TSO4 | OFFLOAD_TSO6,
         ),
         (None, OFFLOAD_CSUM | OFFLOAD_TSO4 | OFFLOAD_TSO6 | OFFLOAD_TSO_ECN),
+        # Not without what each needs.
+        (features.NET_GUEST_TSO4 | features.NET_GUEST_TSO6, 0),
+        (features.NET_GUEST_CSUM | features.NET_GUEST_ECN, OFFLOAD_CSUM),
     ],
 )
 async def test_the_tap_may_offload_what_the_driver_accepted(
@@ -187,6 +104,31 @@ async def test_the_tap_may_offload_what_the_driver_accepted(
     accept = None if bits is None else bits | features.VERSION_1
     async with plugged(accept) as net:
         assert net.tap.offloads == [flags]
+
+
+@pytest.mark.parametrize(
+    ("bits", "flags"),
+    [
+        (
+            features.NET_GUEST_CSUM | features.NET_GUEST_USO4 | features.NET_GUEST_USO6,
+            OFFLOAD_CSUM | OFFLOAD_USO4 | OFFLOAD_USO6,
+        ),
+        (features.NET_GUEST_CSUM | features.NET_GUEST_USO4, OFFLOAD_CSUM),
+    ],
+)
+async def test_udp_segmentation_is_offloaded_for_both_versions_of_ip_or_none(
+    plugged: Plugged, bits: int, flags: int
+) -> None:
+    async with plugged(bits | features.VERSION_1, uso=True) as net:
+        assert net.tap.offloads == [flags]
+
+
+async def test_udp_segmentation_is_offered_where_the_host_has_it(plugged: Plugged) -> None:
+    bits = features.NET_GUEST_USO4 | features.NET_GUEST_USO6 | features.NET_HOST_USO
+    async with plugged(uso=True) as net:
+        assert await net.rig.driver.read_features() & bits == bits
+    async with plugged() as net:
+        assert await net.rig.driver.read_features() & bits == 0
 
 
 async def test_the_configuration_shows_mac_status_and_mtu(plugged: Plugged) -> None:
@@ -222,7 +164,7 @@ async def test_without_a_cable_nothing_is_received(plugged: Plugged) -> None:
         assert net.rx.take_used() == []
         device.set_link(True)
         assert await net.received() == b"later"
-        assert driver.read(STATUS, 2) == 1
+        assert driver.read(STATUS, 2) == LINK_UP | ANNOUNCE
         assert net.tap.carrier == [False, True]
 
 

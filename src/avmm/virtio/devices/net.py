@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import struct
+from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 import msgspec
 
-from avmm.errors import HostError
+from avmm.errors import ConfigError, GuestFault, HostError
 from avmm.hostnet import tap as host_tap
 from avmm.hostnet.names import check_guest, check_interface_name, check_mtu, parse_host, parse_mac
 from avmm.hostnet.tap import HostTap, TapSettings, open_tap
-from avmm.native import ffi, lib
 from avmm.virtio import features
+from avmm.virtio.chain import ChainQueue
 from avmm.virtio.device import VirtioDevice
+from avmm.virtio.devices.net_control import (
+    ACK_ERROR,
+    ACK_OK,
+    DATA_MAX_BYTES,
+    AnnounceAck,
+    Command,
+    GuestOffloads,
+    MacAddress,
+    MacTable,
+    PairsInUse,
+    RxMode,
+    Vlan,
+    parse,
+)
+from avmm.virtio.devices.net_filter import ReceiveFilter
+from avmm.virtio.devices.net_pairs import NativePairs, Pairs
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import HomeChoice
 
@@ -23,7 +42,11 @@ log = logging.getLogger(__name__)
 
 RX, TX = 0, 1
 QUEUE_SIZE = 256
+CONTROL_QUEUE_SIZE = 64
+PAIRS_DEFAULT_MAX = 8
+PAIRS_MAX = 64
 _S_LINK_UP = 1
+_S_ANNOUNCE = 2
 
 # struct virtio_net_config up to mtu (5.1.4).
 _CONFIG = struct.Struct("<6sHHH")
@@ -31,13 +54,26 @@ _CONFIG = struct.Struct("<6sHHH")
 _HOST_OFFLOADS = (
     features.NET_CSUM | features.NET_HOST_TSO4 | features.NET_HOST_TSO6 | features.NET_HOST_ECN
 )
+_GUEST_TSO = features.NET_GUEST_TSO4 | features.NET_GUEST_TSO6
+_GUEST_USO = features.NET_GUEST_USO4 | features.NET_GUEST_USO6
+_GUEST_OFFLOADS = features.NET_GUEST_CSUM | _GUEST_TSO | features.NET_GUEST_ECN
 _TUN_OFFLOADS = {
     features.NET_GUEST_CSUM: host_tap.OFFLOAD_CSUM,
     features.NET_GUEST_TSO4: host_tap.OFFLOAD_TSO4,
     features.NET_GUEST_TSO6: host_tap.OFFLOAD_TSO6,
     features.NET_GUEST_ECN: host_tap.OFFLOAD_TSO_ECN,
+    features.NET_GUEST_USO4: host_tap.OFFLOAD_USO4,
+    features.NET_GUEST_USO6: host_tap.OFFLOAD_USO6,
 }
-_GUEST_OFFLOADS = sum(_TUN_OFFLOADS)
+_CONTROL = (
+    features.NET_CTRL_VQ
+    | features.NET_CTRL_RX
+    | features.NET_CTRL_RX_EXTRA
+    | features.NET_CTRL_VLAN
+    | features.NET_CTRL_MAC_ADDR
+    | features.NET_CTRL_GUEST_OFFLOADS
+    | features.NET_GUEST_ANNOUNCE
+)
 
 
 class Tap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +90,13 @@ class Tap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     mac: Annotated[str | None, msgspec.Meta(description="the guest's MAC address")] = None
     mtu: Annotated[int | None, msgspec.Meta(description="MTU of both ends")] = None
+    queues: Annotated[
+        int | None,
+        msgspec.Meta(
+            description=f"queue pairs, up to {PAIRS_MAX}; by default as many as can work at once: "
+            f"one a vCPU and I/O thread, up to {PAIRS_DEFAULT_MAX}"
+        ),
+    ] = None
     home: HomeChoice = "auto"
     id: Annotated[str | None, msgspec.Meta(description="name in logs and statistics")] = None
 
@@ -70,47 +113,97 @@ class Tap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             parse_mac(self.mac, what)
         if self.mtu is not None:
             check_mtu(self.mtu, what)
+        if self.queues is not None and not 1 <= self.queues <= PAIRS_MAX:
+            raise ConfigError("queues", f"{what}: queues={self.queues} is not in 1 to {PAIRS_MAX}")
 
 
 class NetDevice(VirtioDevice):
-    """One NIC. Owns the native datapath; the TAP belongs to the context's stack."""
+    """One NIC. The pairs' datapath belongs to the context's stack, and so does the TAP."""
 
     def __init__(self, config: Tap, tap: HostTap, context: DeviceContext) -> None:
         offered = features.NET_MAC | features.NET_STATUS | features.NET_MRG_RXBUF
-        offered |= _HOST_OFFLOADS | _GUEST_OFFLOADS
+        offered |= _HOST_OFFLOADS | _GUEST_OFFLOADS | _CONTROL
+        if tap.uso:
+            offered |= features.NET_HOST_USO | _GUEST_USO
         if config.mtu is not None:
             offered |= features.NET_MTU
-        super().__init__(NET, context, offered=offered, queue_sizes=(QUEUE_SIZE, QUEUE_SIZE))
+        self._pairs_max = len(tap.fds)
+        if self._pairs_max > 1:
+            offered |= features.NET_MQ
+        sizes = (QUEUE_SIZE,) * (2 * self._pairs_max) + (CONTROL_QUEUE_SIZE,)
+        super().__init__(NET, context, offered=offered, queue_sizes=sizes)
         self.tap = tap
-        self.mac = parse_mac(config.mac, f"Net {tap.name}") if config.mac else _random_mac()
+        self._own_mac = parse_mac(config.mac, f"Net {tap.name}") if config.mac else _random_mac()
+        self.mac = self._own_mac
         self._mtu = config.mtu
         self._link_up = True
-        home = context.homes.pick(config.home)
-        rx, tx = self.queues
-        error = ffi.new("int *")
-        self._native = lib.av_net_create(home.native, tap.fd, rx.ring, tx.ring, error)
-        if not self._native:
-            raise HostError("memory", op=f"Net {tap.name}", errno=error[0])
-        context.stack.callback(self._destroy)
-        self.add_lane(lib.av_net_lane(self._native), home, self.queues, f"TAP {tap.name}")
+        self._announcing = False
+        self._pairs_active = self._pairs_max
+        self._filter = ReceiveFilter()
+        self._commands = ChainQueue(self.queues[-1], data_max_bytes=DATA_MAX_BYTES)
+        self._control_commands = 0
+        self._control_errors = 0
+        self._pairs: Pairs = NativePairs(self, tap, self.queues[:-1], config.home)
         self.set_config(self._config())
 
     def on_activate(self, negotiated: int) -> None:
         """Let the host use what the guest can take."""
-        flags = sum(flag for bit, flag in _TUN_OFFLOADS.items() if negotiated & bit)
-        self.tap.set_offload(flags)
-        lib.av_net_start(self._native, bool(negotiated & features.NET_MRG_RXBUF))
+        # A driver that cannot say how many pairs it uses, uses those that it sets up.
+        self._pairs_active = 1 if negotiated & features.NET_CTRL_VQ else self._pairs_max
+        control = 2 * self._pairs_max if negotiated & features.NET_MQ else 2
+        self._commands = ChainQueue(self.queues[control], data_max_bytes=DATA_MAX_BYTES)
+        self._filter = ReceiveFilter(negotiated)
+        self._pairs.set_filter(self._filter, self.mac)
+        self._pairs.activate(negotiated)
+        with self._outlive_the_tap():
+            self.tap.set_offload(_tun_offloads(negotiated))
+
+    def on_resume(self) -> None:
+        """The pairs that the driver uses get packets, and work."""
+        active = [
+            pair < self._pairs_active and any(q.ready for q in self.queues[2 * pair : 2 * pair + 2])
+            for pair in range(self._pairs_max)
+        ]
+        with self._outlive_the_tap():
+            self.tap.set_queues(active)
+        self._pairs.resume(active)
+
+    def on_hold(self) -> None:
+        """Nothing is moved by this datapath any more."""
+        self._pairs.hold()
 
     def on_queue_stop(self, index: int) -> None:
         """Receive buffers that were taken and not filled belong to the driver again."""
-        if index == RX:
-            lib.av_net_stop(self._native)
+        if index % 2 == RX and index < 2 * self._pairs_max:
+            self._pairs.forget(index // 2)
+
+    def on_reset(self) -> None:
+        """What the driver asked for by its control queue is forgotten."""
+        self.mac = self._own_mac
+        self._announcing = False
+        self.set_config(self._config(), notify=False)
+        with self._outlive_the_tap():
+            self.tap.set_queues([True])
 
     def on_news(self) -> None:
-        """Somebody took the TAP away: the guest loses its carrier, not its life."""
-        if error := lib.av_net_take_error(self._native):
-            log.error("%s: TAP %s: %s", self.context.id, self.tap.name, os.strerror(error))
-            self._set_link_up(False)
+        """A pair cannot read the TAP."""
+        if error := self._pairs.take_error():
+            self._tap_is_gone(error)
+
+    def kick(self, index: int) -> bool:
+        """Carry out control commands; other queues that come here are of pairs not in use."""
+        if index != self._commands.queue.index:
+            self.queues[index].take_kick()
+            return False
+        for chain in self._commands.take():
+            if chain.room_bytes == 0:
+                raise GuestFault("request", f"Queue {index}: a command without room for its ack")
+            command = parse(chain.data) if chain.data is not None else None
+            done = command is not None and self._perform(command)
+            self._control_commands += 1
+            self._control_errors += not done
+            self._commands.answer(chain, ACK_OK if done else ACK_ERROR)
+        return False
 
     @property
     def link_up(self) -> bool:
@@ -123,32 +216,106 @@ class NetDevice(VirtioDevice):
         self.tap.set_carrier(up)
         self._set_link_up(up)
 
+    def announce(self) -> None:
+        """Ask the driver to tell the network where it is (5.1.6.5.4), if it can."""
+        if self._can_announce():
+            self._announcing = True
+            self.set_config(self._config())
+
+    async def resume(self) -> None:
+        """Bridges may have forgotten the guest meanwhile."""
+        rested = self._quiesced
+        await super().resume()
+        if rested:
+            self.announce()
+
+    def counters(self) -> dict[str, int]:
+        """Packets and bytes both ways, what was dropped, and the driver's commands."""
+        control = {
+            "control_commands": self._control_commands,
+            "control_errors": self._control_errors,
+        }
+        return self._pairs.counters() | control
+
+    def _perform(self, command: Command) -> bool:
+        """Do what the driver asks for; False for what it must not ask."""
+        if not self.state.features & command.feature:
+            return False
+        match command:
+            case RxMode() | MacTable() | Vlan():
+                self._filter.apply(command)
+                self._pairs.set_filter(self._filter, self.mac)
+            case MacAddress(mac):
+                self.mac = mac
+                self._pairs.set_filter(self._filter, mac)
+                self.set_config(self._config(), notify=False)
+            case AnnounceAck():
+                self._announcing = False
+                self.set_config(self._config(), notify=False)
+            case PairsInUse(count):
+                return self._use_pairs(count)
+            case GuestOffloads(bits):
+                return self._use_offloads(bits)
+        return True
+
+    def _use_pairs(self, count: int) -> bool:
+        if not 1 <= count <= self._pairs_max:
+            return False
+        self._pairs_active = count
+        # Their lanes come to rest at once, since nothing of theirs is ever in flight.
+        self._hold()
+        self._work()
+        return True
+
+    def _use_offloads(self, bits: int) -> bool:
+        if bits & ~(self.state.features & (_GUEST_OFFLOADS | _GUEST_USO)):
+            return False
+        with self._outlive_the_tap():
+            self.tap.set_offload(_tun_offloads(bits))
+        return True
+
     def _set_link_up(self, up: bool) -> None:
         if up == self._link_up:
             return
         self._link_up = up
-        lib.av_net_set_link(self._native, up)
+        self._pairs.set_link(up)
+        self._announcing = self._can_announce()
         self.set_config(self._config())
 
-    def counters(self) -> dict[str, int]:
-        """Packets and bytes both ways, and what was dropped."""
-        stats = ffi.new("struct av_net_stats *")
-        lib.av_net_statistics(self._native, stats)
-        return {name: int(getattr(stats, name)) for name in _COUNTERS}
+    def _can_announce(self) -> bool:
+        wanted = self.state.features & features.NET_GUEST_ANNOUNCE
+        return self._link_up and self.state.live and bool(wanted)
+
+    def _tap_is_gone(self, error: int) -> None:
+        """Somebody took the TAP away: the guest loses its carrier, not its life."""
+        log.error("%s: TAP %s: %s", self.context.id, self.tap.name, os.strerror(error))
+        self._set_link_up(False)
+
+    @contextlib.contextmanager
+    def _outlive_the_tap(self) -> Iterator[None]:
+        try:
+            yield
+        except HostError as e:
+            if e.errno != errno.EBADFD:  # what all ioctls answer for a TAP that is gone
+                raise
+            self._tap_is_gone(errno.EBADFD)
 
     def _config(self) -> bytes:
         status = _S_LINK_UP if self._link_up else 0
-        return _CONFIG.pack(self.mac, status, 1, self._mtu or 0)
-
-    def _destroy(self) -> None:
-        lib.av_net_destroy(self._native)
-        self._native = ffi.NULL
+        status |= _S_ANNOUNCE if self._announcing else 0
+        return _CONFIG.pack(self.mac, status, self._pairs_max, self._mtu or 0)
 
 
-_COUNTERS = (
-    *("rx_packets", "rx_bytes", "rx_dropped", "rx_copied"),
-    *("tx_packets", "tx_bytes", "tx_dropped"),
-)
+def _tun_offloads(bits: int) -> int:
+    """The TAP's flags for GUEST_* features. Without the feature that one needs (5.1.3.1) it is
+    left out, and so is one USO without the other, which TAPs know only together."""
+    if not bits & features.NET_GUEST_CSUM:
+        return 0
+    if not bits & _GUEST_TSO:
+        bits &= ~features.NET_GUEST_ECN
+    if bits & _GUEST_USO != _GUEST_USO:
+        bits &= ~_GUEST_USO
+    return sum(flag for bit, flag in _TUN_OFFLOADS.items() if bits & bit)
 
 
 def _random_mac() -> bytes:
@@ -158,8 +325,16 @@ def _random_mac() -> bytes:
 
 async def build(config: Tap, context: DeviceContext) -> NetDevice:
     """Open the TAP, then make the device. Raises ConfigError, HostError."""
-    tap = await open_tap(TapSettings(config.name, config.host, config.mtu))
+    at_once = min(context.cpus, max(context.homes.threads, 1), PAIRS_DEFAULT_MAX)
+    settings = TapSettings(config.name, config.host, config.mtu, queues=config.queues or at_once)
+    tap = await open_tap(settings)
     context.stack.push_async_callback(tap.close)
+    if config.queues is not None and len(tap.fds) != config.queues:
+        raise ConfigError(
+            "queues",
+            f"Net {tap.name}: queues={config.queues}, but it was made with one queue; "
+            "make it with multi_queue",
+        )
     return NetDevice(config, tap, context)
 
 
@@ -167,7 +342,7 @@ NET = DeviceType(
     name="net",
     virtio_id=1,
     flag="--net",
-    summary="a NIC on a TAP, with checksum and segmentation offloads and mergeable buffers",
+    summary="a NIC on a TAP: several queue pairs, filters and offloads by the driver's control",
     build=build,
     pci_class=0x02_0000,
 )

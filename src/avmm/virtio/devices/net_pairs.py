@@ -1,0 +1,127 @@
+"""What serves a network device's queue pairs: here our own datapath, one lane a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from avmm.errors import HostError
+from avmm.hostnet.tap import HostTap
+from avmm.native import CData, ffi, lib
+from avmm.virtio import features
+from avmm.virtio.device import VirtioDevice
+from avmm.virtio.devices.net_filter import ReceiveFilter
+from avmm.virtio.home import HomeChoice, Lane
+from avmm.virtio.queue import Queue
+
+COUNTERS = (
+    *("rx_packets", "rx_bytes", "rx_dropped", "rx_filtered", "rx_copied"),
+    *("tx_packets", "tx_bytes", "tx_dropped"),
+)
+
+
+class Pairs(Protocol):
+    """All pairs of a device; pair i are its queues 2i (receive) and 2i+1 (transmit). Loop."""
+
+    withheld: int
+    """Features that the device must not offer with this datapath."""
+
+    def activate(self, negotiated: int) -> None:
+        """The driver is ready: adapt to its features."""
+        ...
+
+    def resume(self, active: Sequence[bool]) -> None:
+        """Let these pairs work."""
+        ...
+
+    def hold(self) -> None:
+        """Let none work; what is under way is at its end when this returns."""
+        ...
+
+    def forget(self, pair: int) -> None:
+        """Forget receive buffers that were taken and not used."""
+        ...
+
+    def set_link(self, up: bool) -> None:
+        """Whether the cable is in."""
+        ...
+
+    def set_filter(self, wanted: ReceiveFilter, mac: bytes) -> None:
+        """Receive only what the driver wants."""
+        ...
+
+    def take_error(self) -> int:
+        """The errno with which the TAP failed since the last call, or 0."""
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """Sums over all pairs."""
+        ...
+
+
+class NativePairs:
+    """Each pair is a native lane on a home of its own choice, over one of the TAP's queues."""
+
+    withheld = 0
+
+    def __init__(
+        self, device: VirtioDevice, tap: HostTap, queues: Sequence[Queue], choice: HomeChoice
+    ) -> None:
+        self._natives: list[CData] = []
+        self._lanes: list[Lane] = []
+        for fd, rx, tx in zip(tap.fds, queues[::2], queues[1::2], strict=True):
+            home = device.context.homes.pick(choice)
+            error = ffi.new("int *")
+            native = lib.av_net_create(home.native, fd, rx.ring, tx.ring, error)
+            if not native:
+                raise HostError("memory", op=f"Net {tap.name}", errno=error[0])
+            device.context.stack.callback(self._destroy, native)
+            self._natives.append(native)
+            lane = device.add_lane(lib.av_net_lane(native), home, (rx, tx), f"TAP {tap.name}")
+            self._lanes.append(lane)
+
+    def activate(self, negotiated: int) -> None:
+        """Whether receive buffers are merged."""
+        for native in self._natives:
+            lib.av_net_start(native, bool(negotiated & features.NET_MRG_RXBUF))
+
+    def resume(self, active: Sequence[bool]) -> None:
+        """The device starts the lanes that are enabled."""
+        for lane, enabled in zip(self._lanes, active, strict=True):
+            lane.enabled = enabled
+
+    def hold(self) -> None:
+        """Nothing: the device holds its lanes."""
+
+    def forget(self, pair: int) -> None:
+        """They belong to the driver again."""
+        lib.av_net_stop(self._natives[pair])
+
+    def set_link(self, up: bool) -> None:
+        """Each looks at the TAP again."""
+        for native in self._natives:
+            lib.av_net_set_link(native, up)
+
+    def set_filter(self, wanted: ReceiveFilter, mac: bytes) -> None:
+        """The same for each pair."""
+        for native in self._natives:
+            lib.av_net_set_filter(native, wanted.native(mac))
+
+    def take_error(self) -> int:
+        """That of one of them."""
+        errors = [int(lib.av_net_take_error(native)) for native in self._natives]
+        return max(errors, default=0)
+
+    def counters(self) -> dict[str, int]:
+        """Packets and bytes both ways, and what was dropped."""
+        stats = ffi.new("struct av_net_stats *")
+        total = dict.fromkeys(COUNTERS, 0)
+        for native in self._natives:
+            lib.av_net_statistics(native, stats)
+            for name in COUNTERS:
+                total[name] += int(getattr(stats, name))
+        return total
+
+    def _destroy(self, native: CData) -> None:
+        self._natives.remove(native)
+        lib.av_net_destroy(native)

@@ -1,0 +1,145 @@
+"""A NIC over real rings, a socket pair in the place of each of the TAP's queues."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+
+from avmm.hostnet.tap import HostTap, TapSettings
+from avmm.virtio.devices.net import RX, TX, NetDevice, Tap
+from avmm.virtio.devtype import DeviceContext
+from fakes.driver_queue import DriverQueue, Segment
+from fakes.mmio_driver import readable
+from fakes.virtio_rig import DATA_GPA, Rig, virtio_rig
+
+HEADER = bytes(12)
+RX_GPA = DATA_GPA
+TX_GPA = DATA_GPA + 0x10_0000
+CONTROL_GPA = DATA_GPA + 0x20_0000
+PENDING = 0xFF
+"""What stands in the place of an answer that has not come."""
+
+
+class FakeTap(HostTap):
+    """Packets go to and come from `wires`, each with the 12 bytes of a header.
+
+    offloads, carrier, queues: what was asked for, in this order.
+    """
+
+    def __init__(self, pairs: int = 1, *, uso: bool = False) -> None:
+        self.wires: list[socket.socket] = []
+        fds: list[int] = []
+        for _ in range(pairs):
+            ours, wire = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for end in (ours, wire):
+                end.setblocking(False)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as small as it gets
+            self.wires.append(wire)
+            fds.append(ours.detach())
+        settings = TapSettings("avtest0")
+        super().__init__(settings, fds, created=True, added=False, mtu=1500, uso=uso)
+        self.offloads: list[int] = []
+        self.carrier: list[bool] = []
+        self.queues: list[list[bool]] = []
+
+    @property
+    def wire(self) -> socket.socket:
+        return self.wires[0]
+
+    def set_offload(self, flags: int) -> None:
+        self.offloads.append(flags)
+
+    def set_carrier(self, up: bool) -> None:
+        self.carrier.append(up)
+
+    def set_queues(self, attached: Sequence[bool]) -> None:
+        self.queues.append(list(attached))
+
+    async def sent(self, pair: int = 0) -> bytes:
+        """The next packet that the guest sent, without its header."""
+        await readable(self.wires[pair].fileno())
+        return self.wires[pair].recv(70_000)[12:]
+
+
+@dataclass
+class Net:
+    """buffers: where each head's receive buffer is, of each pair. arrived: those that came back
+    and were not looked at."""
+
+    rig: Rig[NetDevice]
+    tap: FakeTap
+    buffers: dict[tuple[int, int], int] = field(default_factory=dict)
+    arrived: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+
+    @property
+    def rx(self) -> DriverQueue:
+        return self.rig.driver.queues[RX]
+
+    def offer_rx(self, count: int, size_bytes: int = 2048, *, pair: int = 0) -> None:
+        for at in range(count):
+            gpa = RX_GPA + at * size_bytes + pair * 0x2_0000
+            head = self.rig.driver.queues[2 * pair].offer(Segment(gpa, size_bytes, writable=True))
+            self.buffers[pair, head] = gpa
+        self.rig.driver.kick(2 * pair)
+
+    def send(self, frame: bytes, at: int = 0, *, pair: int = 0) -> None:
+        gpa = TX_GPA + 2048 * at + pair * 0x2_0000
+        self.rig.memory.write(gpa, HEADER + frame)
+        self.rig.driver.queues[2 * pair + TX].offer(Segment(gpa, len(HEADER) + len(frame)))
+        self.rig.driver.kick(2 * pair + TX)
+
+    def counter(self, name: str) -> int:
+        return self.rig.device.statistics().counters[name]
+
+    async def received(self, pair: int = 0) -> bytes:
+        """The next frame, which fits in one buffer."""
+        if not (arrived := self.arrived.setdefault(pair, [])):
+            arrived += await self.rig.driver.used(2 * pair)
+        head, written = arrived.pop(0)
+        packet = self.rig.memory.read(self.buffers[pair, head], written)
+        assert packet[10:12] == b"\x01\x00"  # num_buffers
+        return packet[12:]
+
+    async def control(self, command: bytes, *, queue: int = -1) -> int:
+        """Put a command on the control queue; its ack."""
+        index = queue % len(self.rig.driver.queues)
+        ack_gpa = CONTROL_GPA + len(command)
+        self.rig.memory.write(CONTROL_GPA, command + bytes([PENDING]))
+        self.rig.driver.queues[index].offer(
+            *([Segment(CONTROL_GPA, len(command))] if command else []),
+            Segment(ack_gpa, 1, writable=True),
+        )
+        self.rig.driver.kick(index)
+        ((_, written),) = await self.rig.driver.used(index)
+        assert written == 1
+        return self.rig.memory.read(ack_gpa, 1)[0]
+
+
+Plugged = Callable[..., AbstractAsyncContextManager[Net]]
+
+
+@asynccontextmanager
+async def net_rig(
+    io_threads: int,
+    accept: int | None = None,
+    *,
+    pairs: int = 1,
+    uso: bool = False,
+    size: int = 64,
+    **options: object,
+) -> AsyncIterator[Net]:
+    """A started NIC. accept, size: as MmioDriver.start(); options: further fields of Tap."""
+    tap = FakeTap(pairs, uso=uso)
+
+    async def build(context: DeviceContext) -> NetDevice:
+        for wire in tap.wires:
+            context.stack.callback(wire.close)
+        context.stack.push_async_callback(tap.close)
+        return NetDevice(Tap("avtest0", **options), tap, context)  # type: ignore[arg-type]
+
+    async with virtio_rig(build, io_threads=io_threads) as rig:
+        await rig.driver.start(accept, size=size)
+        yield Net(rig, tap)
+        assert rig.errors == []
