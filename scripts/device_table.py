@@ -9,11 +9,13 @@ HEAD = """\
 <!-- Made by scripts/device_table.py; a test compares. -->
 # Devices
 
-All are virtio 1.3 devices, modern only, with split rings, INDIRECT_DESC and EVENT_IDX, on either
-transport: `--transport pci` (the default) gives each queue an MSI-X vector and has room for 31,
-`--transport mmio` one interrupt line a device and has room for 15. Devices are in the order of
-the configuration on both. In Python and in config files a device is an entry of the field named
-below; on the command line it is `FLAG VALUE,key=value,...`, the first key's name may be left out.
+All are virtio 1.3 devices, modern only, with INDIRECT_DESC and EVENT_IDX in both layouts of rings:
+`--ring packed` (the default) offers packed ones, of which a driver may still choose split ones;
+`--ring split` offers only those. They are on either transport: `--transport pci` (the default)
+gives each queue an MSI-X vector and has room for 31, `--transport mmio` one interrupt line a
+device and has room for 15. Devices are in the order of the configuration on both. In Python and in
+config files a device is an entry of the field named below; on the command line it is
+`FLAG VALUE,key=value,...`, the first key's name may be left out.
 
 | device | virtio id | flag | field of Config | what it is |
 |---|---|---|---|---|

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from avmm.mem.guest import GuestMemory
 from avmm.virtio.state import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
-from fakes.driver_queue import DriverQueue
+from fakes.driver_queue import DriverQueue, driver_queue
 
 _QUEUES_GPA = 0x10000
 
@@ -17,6 +17,7 @@ class VirtioDriver(ABC):
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.queues: list[DriverQueue] = []
+        self.negotiated = 0
 
     @abstractmethod
     def status(self) -> int:
@@ -57,8 +58,13 @@ class VirtioDriver(ABC):
         await self.set_status(ACKNOWLEDGE)
         await self.set_status(ACKNOWLEDGE | DRIVER)
         await self.write_features(features)
+        self.negotiated = features
         await self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK)
         return bool(self.status() & FEATURES_OK)
+
+    def new_queue(self, gpa: int, size: int) -> DriverQueue:
+        """An empty queue for the features negotiated."""
+        return driver_queue(self.memory, gpa, size, self.negotiated)
 
     async def start(self, features: int | None = None, *, size: int = 64) -> None:
         """From reset to DRIVER_OK, with all the device's queues.
@@ -71,7 +77,7 @@ class VirtioDriver(ABC):
         gpa = _QUEUES_GPA
         while size_max := await self.queue_size_max(len(self.queues)):
             entries = min(size, size_max)
-            queue = DriverQueue(self.memory, gpa, entries, event_idx=bool(accepted >> 29 & 1))
+            queue = self.new_queue(gpa, entries)
             await self.set_up_queue(len(self.queues), queue)
             self.queues.append(queue)
             gpa = (queue.end_gpa + 0xFFF) & ~0xFFF

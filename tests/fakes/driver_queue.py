@@ -69,6 +69,11 @@ class DriverQueue:
         self.end_gpa = self.device_gpa + 8 * self.size + 6
         self._avail_idx = 0
 
+    @property
+    def base(self) -> int:
+        """Where the device stands when all that it took is taken back, as vhost-user says it."""
+        return self._used_idx
+
     def write_desc(self, index: int, gpa: int, size_bytes: int, flags: int, next: int) -> None:
         """Fill a descriptor, with whatever a hostile driver likes."""
         self.memory.write(self.desc_gpa + 16 * index, _DESC.pack(gpa, size_bytes, flags, next))
@@ -162,6 +167,11 @@ class PackedDriverQueue(DriverQueue):
         self.next, self.wrap = 0, True
         self._used_wrap = True
         self.room = self.size
+
+    @property
+    def base(self) -> int:
+        place = self._used_idx | self._used_wrap << 15
+        return place | place << 16
 
     def offer(self, *segments: Segment) -> int:
         """Make a chain of the segments available; its buffer id."""

@@ -16,12 +16,15 @@ from avmm.mem.region import Region
 from avmm.units import MIB, Gpa
 from avmm.vhost_user.message import F_PROTOCOL_FEATURES, Request
 from avmm.virtio import features
-from fakes.driver_queue import DriverQueue
+from fakes.driver_queue import DriverQueue, driver_queue
 from fakes.mmio_driver import readable
 
 MEMORY_BYTES = 4 * MIB
 UVA = 0x7F00_0000_0000
 """Where the memory is in the front-end's address space; what matters is that it is elsewhere."""
+
+ring: features.RingLayout = features.RING_DEFAULT
+"""What a front-end makes of an offer of packed rings, when a test does not say."""
 
 _QUEUES_GPA = 0x10000
 _HANG_S = 20
@@ -100,7 +103,9 @@ class FrontEnd:
         protocol = await self.ask_u64(Request.GET_PROTOCOL_FEATURES)
         self.send(Request.SET_PROTOCOL_FEATURES, u64(protocol))
         assert await self.do(Request.SET_OWNER) == 0
-        self.negotiated = offered if accepted is None else accepted | F_PROTOCOL_FEATURES
+        if accepted is None:
+            accepted = offered if ring == "packed" else offered & ~features.RING_PACKED
+        self.negotiated = accepted | F_PROTOCOL_FEATURES
         assert await self.do(Request.SET_FEATURES, u64(self.negotiated)) == 0
 
     async def start(self, count: int = 1, *, size: int = 64, accepted: int | None = None) -> None:
@@ -109,8 +114,7 @@ class FrontEnd:
         assert await self.set_memory() == 0
         gpa = _QUEUES_GPA
         for index in range(count):
-            event_idx = bool(self.negotiated & features.RING_EVENT_IDX)
-            queue = DriverQueue(self.memory, gpa, size, event_idx=event_idx)
+            queue = driver_queue(self.memory, gpa, size, self.negotiated)
             gpa = (queue.end_gpa + 0xFFF) & ~0xFFF
             self.queues.append(queue)
             self.calls.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
@@ -121,9 +125,10 @@ class FrontEnd:
         region = (gpa, self.memory.size_bytes, uva, 0)
         return await self.do(Request.SET_MEM_TABLE, memory_table(region), [self.memfd])
 
-    async def start_ring(self, index: int, base: int = 0) -> None:
-        """Set a ring up and let it run from `base` on."""
+    async def start_ring(self, index: int, base: int | None = None) -> None:
+        """Set a ring up and let it run from `base` on; from where the queue is when None."""
         queue = self.queues[index]
+        base = queue.base if base is None else base
         assert await self.do(Request.SET_VRING_NUM, state(index, queue.size)) == 0
         assert await self.do(Request.SET_VRING_BASE, state(index, base)) == 0
         assert await self.do(Request.SET_VRING_ADDR, self.addresses(index)) == 0

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import fakes.virtio_rig
 from avmm.mem.guest import GuestMemory
 from avmm.pci import function as header
 from avmm.pci import msix
@@ -210,6 +211,7 @@ async def pci_rig(
                 loop=asyncio.get_running_loop(),
                 stack=stack,
                 on_error=errors.append,
+                ring=fakes.virtio_rig.ring,
             )
         )
         transport = pci.PciTransport(device, messages, notifications, notify_bytes=0)

@@ -13,6 +13,7 @@ from avmm.mem.guest import GuestMemory
 from avmm.units import MIB
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext
+from avmm.virtio.features import RING_DEFAULT, RingLayout
 from avmm.virtio.home import Homes
 from avmm.virtio.interrupt import Interrupts
 from avmm.virtio.transport.mmio import MmioTransport
@@ -21,6 +22,9 @@ from fakes.mmio_driver import MmioDriver
 MEMORY_BYTES = 4 * MIB
 DATA_GPA = 0x10_0000
 """Free for a test's buffers; the driver's queues lie below."""
+
+ring: RingLayout = RING_DEFAULT
+"""What the device of a rig offers."""
 
 D = TypeVar("D", bound=VirtioDevice)
 
@@ -60,6 +64,7 @@ async def virtio_rig(
                 loop=asyncio.get_running_loop(),
                 stack=stack,
                 on_error=errors.append,
+                ring=ring,
             )
         )
         stack.push_async_callback(device.quiesce)

@@ -8,16 +8,19 @@ import pytest
 
 from avmm import Disk, ExitKind
 from avmm.units import MIB
+from avmm.virtio import features
 from linux.guest import Guests
 from linux.host import assert_clean, random_file, read_from_ext4, sha256
 
 DATA_BYTES = 64 * MIB
+RING_PACKED_BIT = features.RING_PACKED.bit_length() - 1
 HOLE_START_BYTES, HOLE_BYTES = 4 * MIB, 8 * MIB
 
 DATA = f"""
 sum() {{ sha256sum | cut -d ' ' -f 1; }}
 cd /sys/block
 echo "FACT sizes $(cat vda/size vdb/size vdc/size | xargs)"
+echo "FACT packed $(cut -c {RING_PACKED_BIT + 1} vda/device/features)"
 echo "FACT serial $(cat vda/serial)"
 echo "FACT ro $(cat vda/ro vdb/ro | xargs)"
 echo "FACT in $(sum </dev/vdb)"
@@ -50,8 +53,10 @@ async def test_root_file_system_is_used_and_left_clean(guests: Guests, root_disk
     assert read_from_ext4(root_disk, "/made/sum").split()[0].decode() == sha256(data)
 
 
-@pytest.mark.parametrize("engine", ["io_uring", "threads"])
-async def test_data_is_the_same_on_both_sides(guests: Guests, tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize(("engine", "ring"), [("io_uring", "packed"), ("threads", "split")])
+async def test_data_is_the_same_on_both_sides(
+    guests: Guests, tmp_path: Path, engine: str, ring: str
+) -> None:
     written, given, holed = (tmp_path / name for name in ("written", "given", "holed"))
     with written.open("wb") as file:
         file.truncate(DATA_BYTES)
@@ -63,7 +68,8 @@ async def test_data_is_the_same_on_both_sides(guests: Guests, tmp_path: Path, en
         Disk(str(given), read_only=True, engine=engine),
         Disk(str(holed), engine=engine),
     ]
-    guest = await guests.boot(DATA, disks=disks, cpus=2, memory="512M")
+    guest = await guests.boot(DATA, disks=disks, cpus=2, memory="512M", ring=ring)
+    assert guest.fact("packed") == str(int(ring == "packed"))
 
     sectors = [size // 512 for size in (DATA_BYTES, DATA_BYTES, 16 * MIB)]
     assert guest.fact("sizes") == " ".join(map(str, sectors))

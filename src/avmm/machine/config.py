@@ -18,6 +18,7 @@ from avmm.units import MIB, PAGE_BYTES, format_size, parse_size
 from avmm.virtio.devices.blk import Disk
 from avmm.virtio.devices.net import Tap
 from avmm.virtio.devices.rng import Rng
+from avmm.virtio.features import RING_DEFAULT, RingLayout
 
 _MEMORY_MIN_BYTES = 2 * MIB
 _IO_THREADS_MAX = 64
@@ -53,6 +54,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         Literal["pci", "mmio"],
         _meta("how devices are attached: pci (fast, up to 31) or mmio (small, up to 15)"),
     ] = "pci"
+    ring: Annotated[
+        RingLayout,
+        _meta("rings that devices offer: packed (the guest may still choose split), or split only"),
+    ] = RING_DEFAULT
     io_threads: Annotated[int, _meta("native threads that serve devices; 0: the event loop")] = 0
     io_poll_us: Annotated[
         int,

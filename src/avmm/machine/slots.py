@@ -16,6 +16,7 @@ from avmm.native import CData
 from avmm.pci.root import DEVICES as PCI_DEVICES
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext
+from avmm.virtio.features import RingLayout
 from avmm.virtio.home import Homes
 from avmm.virtio.interrupt import Interrupts
 
@@ -27,11 +28,12 @@ _ROOM = {
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a configured device goes."""
+    """Where a configured device goes. ring: the layout of rings that it offers."""
 
     index: int
     id: str
     config: Any
+    ring: RingLayout
 
 
 class Backplane(Protocol):
@@ -59,7 +61,7 @@ def assign_slots(config: Config) -> list[Slot]:
     room, why = _ROOM[config.transport]
     if len(devices) > room:
         raise ConfigError("devices", f"{len(devices)} devices: {why} {room}")
-    return [Slot(index, id, device) for index, (id, device) in enumerate(devices)]
+    return [Slot(index, id, device, config.ring) for index, (id, device) in enumerate(devices)]
 
 
 async def plug(
@@ -85,6 +87,7 @@ async def plug(
             stack=stack,
             on_error=on_error,
             cpus=cpus,
+            ring=slot.ring,
         )
         device: VirtioDevice = await slot.config.device_type.build(slot.config, context)
         # What connects it goes when it is at rest and nothing is raised any more.

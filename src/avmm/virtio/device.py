@@ -105,7 +105,7 @@ class VirtioDevice(Hooks):
         self.device_type = device_type
         self.context = context
         self.interrupts = context.interrupts
-        self.state = DeviceState(offered | features.TRANSPORT)
+        self.state = DeviceState(offered | features.transport(context.ring))
         self.config = ConfigSpace()
         self.ignored = 0
         self.pump = Pump(context.loop, self._on_error)

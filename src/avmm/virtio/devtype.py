@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from avmm.mem.guest import GuestMemory
+from avmm.virtio.features import RING_DEFAULT, RingLayout
 from avmm.virtio.home import Homes
 from avmm.virtio.interrupt import Interrupts
 
@@ -23,6 +24,7 @@ class DeviceContext:
     stack: closes, in reverse order, what the device opened on the host.
     on_error: called on the loop with an error that is avmm's own or the host's; it ends the VM.
     cpus: the guest's, for devices that have a queue for each.
+    ring: the layout of rings that the device offers.
     """
 
     id: str
@@ -33,6 +35,7 @@ class DeviceContext:
     stack: AsyncExitStack
     on_error: Callable[[BaseException], None]
     cpus: int = 1
+    ring: RingLayout = RING_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 RING_INDIRECT_DESC: Final = 1 << 28
 RING_EVENT_IDX: Final = 1 << 29
@@ -10,8 +10,17 @@ VERSION_1: Final = 1 << 32
 RING_PACKED: Final = 1 << 34
 IN_ORDER: Final = 1 << 35
 
-TRANSPORT: Final = RING_INDIRECT_DESC | RING_EVENT_IDX | VERSION_1
-"""What every device of avmm offers."""
+_TRANSPORT: Final = RING_INDIRECT_DESC | RING_EVENT_IDX | VERSION_1
+
+RingLayout = Literal["packed", "split"]
+RING_DEFAULT: Final[RingLayout] = "packed"
+
+
+def transport(ring: RingLayout) -> int:
+    """What every device of avmm offers: packed rings, of which a driver may still choose split
+    ones, or only those."""
+    return _TRANSPORT | (RING_PACKED if ring == "packed" else 0)
+
 
 # Block device, 5.2.3.
 BLK_SIZE_MAX: Final = 1 << 1

@@ -9,11 +9,24 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+import fakes.front_end
 from avmm.units import MIB
 from avmm.vhost_user.server import VhostUserServer
 from avmm.virtio.devices.blk import Disk
 
 DISK_BYTES = 4 * MIB
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """With both layouts of rings, where it is the rings that matter."""
+    if Path(metafunc.module.__file__).stem in ("test_blk", "test_inflight"):
+        metafunc.parametrize("_ring", ["split", "packed"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if hasattr(request, "param"):
+        monkeypatch.setattr(fakes.front_end, "ring", request.param)
 
 
 @pytest.fixture

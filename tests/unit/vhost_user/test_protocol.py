@@ -147,7 +147,7 @@ async def test_a_ring_that_cannot_be_is_refused(server: VhostUserServer, name: s
     fds = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2)]
 
     async def misdeed(end: FrontEnd) -> None:
-        await end.negotiate()
+        await end.negotiate(features.VERSION_1)
         assert await end.set_memory() == 0
         assert await end.do(Request.SET_VRING_NUM, state(0, size)) == 0
         assert await end.do(Request.SET_VRING_BASE, state(0, base)) == 0

@@ -106,9 +106,9 @@ async def test_two_resets_at_once_both_end(pipe: Pipe) -> None:
 async def test_a_fault_leaves_what_is_in_flight_to_the_reset(pipe: Pipe) -> None:
     async with on_a_pipe(pipe) as (rig, blk):
         slot, filled = await stuck_write(rig, blk, pipe.write_fd)
-        rig.driver.queues[0].offer_head(60000)
+        kind = rig.driver.queues[0].offer_broken()
         blk.kick()
-        await eventually(lambda: rig.device.statistics().last_fault == "bad-head")
+        await eventually(lambda: rig.device.statistics().last_fault == kind)
         os.read(pipe.read_fd, filled)
         await rig.driver.write(mmio.STATUS, 0)
         assert blk.status(slot) == OK

@@ -108,10 +108,10 @@ async def test_rest_and_work_alternate_under_a_storm_of_kicks(io_threads: int) -
 async def test_a_fault_is_reported_and_a_reset_mends_it(io_threads: int) -> None:
     async with virtio_rig(lambda context: build(Rng(), context), io_threads=io_threads) as rig:
         await rig.driver.start()
-        rig.driver.queues[0].offer_head(60000)
+        kind = rig.driver.queues[0].offer_broken()
         rig.driver.kick(0)
         await eventually(lambda: rig.device.statistics().faults == 1)
-        assert rig.device.statistics().last_fault == "bad-head"
+        assert rig.device.statistics().last_fault == kind
         assert rig.driver.read(mmio.STATUS) & DEVICE_NEEDS_RESET
         await rig.driver.start()
         offer(rig)

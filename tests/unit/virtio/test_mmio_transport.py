@@ -76,6 +76,7 @@ async def test_a_queue_that_does_not_exist_has_no_size_and_is_never_ready(
     [
         (0, 0, "queue-size"),
         (3, 0, "queue-size"),
+        (33, 0, "queue-size"),
         (128, 0, "queue-size"),
         (0x10008, 0, "queue-size"),
         (8, 1, "queue-address"),
@@ -120,7 +121,7 @@ async def test_addresses_are_fixed_while_the_queue_is_ready(rig: Rig[RngDevice])
     driver = rig.driver
     await driver.start()
     before = (rig.device.queues[0].desc_gpa, rig.device.queues[0].size, rig.device.ignored)
-    await driver.set_up_queue(0, DriverQueue(rig.memory, 0x20000, 8), ready=False)
+    await driver.set_up_queue(0, driver.new_queue(0x20000, 8), ready=False)
     queue = rig.device.queues[0]
     assert (queue.desc_gpa, queue.size, rig.device.ignored) == (*before[:2], before[2] + 7)
 
@@ -136,7 +137,7 @@ async def test_a_queue_is_taken_away_and_offered_again(rig: Rig[RngDevice]) -> N
     driver.kick(0)
     await settle()
     assert driver.queues[0].take_used() == []
-    queue = driver.queues[0] = DriverQueue(rig.memory, 0x20000, 8)
+    queue = driver.queues[0] = driver.new_queue(0x20000, 8)
     await driver.set_up_queue(0, queue)
     head = queue.offer(Segment(DATA_GPA, 32, writable=True))
     driver.kick(0)
@@ -146,12 +147,12 @@ async def test_a_queue_is_taken_away_and_offered_again(rig: Rig[RngDevice]) -> N
 async def test_a_broken_ring_needs_a_reset_and_recovers_by_it(rig: Rig[RngDevice]) -> None:
     driver = rig.driver
     await driver.start()
-    driver.queues[0].offer_head(5000)
+    kind = driver.queues[0].offer_broken()
     driver.kick(0)
     assert await driver.interrupted() == CONFIG_CHANGE
     assert driver.read(mmio.STATUS) & DEVICE_NEEDS_RESET
     stats = rig.device.statistics()
-    assert (stats.faults, stats.last_fault) == (1, "bad-head")
+    assert (stats.faults, stats.last_fault) == (1, kind)
     driver.kick(0)
     await settle()
     assert rig.device.statistics().faults == 1

@@ -22,7 +22,6 @@ from avmm.virtio.devices.net import RX, TX
 from avmm.virtio.interrupt import CONFIG_CHANGE
 from avmm.virtio.state import DEVICE_NEEDS_RESET
 from avmm.virtio.transport import mmio
-from fakes.driver_queue import DriverQueue
 from fakes.mmio_driver import eventually, settle
 from fakes.net_rig import HEADER, Plugged, net_rig
 
@@ -233,7 +232,7 @@ async def test_one_queue_is_taken_away_and_the_other_goes_on(plugged: Plugged) -
         net.tap.wire.send(HEADER + b"second")
         assert await net.received() == b"second"
         assert net.rig.device.statistics().faults == 0
-        queue = driver.queues[TX] = DriverQueue(net.rig.memory, 0x40000, 64)
+        queue = driver.queues[TX] = net.rig.driver.new_queue(0x40000, 64)
         await driver.set_up_queue(TX, queue)
         net.send(b"from the guest")
         assert await net.tap.sent() == b"from the guest"

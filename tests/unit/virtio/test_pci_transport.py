@@ -269,7 +269,7 @@ async def test_decoding_off_in_the_middle_of_work_loses_nothing(rig: PciRig[RngD
 async def test_a_broken_ring_needs_a_reset_and_recovers_by_it(rig: PciRig[RngDevice]) -> None:
     driver = rig.driver
     await driver.start()
-    driver.queues[0].offer_head(5000)
+    driver.queues[0].offer_broken()
     driver.kick(0)
     assert await driver.interrupted() == CONFIG_CHANGE
     assert driver.status() & DEVICE_NEEDS_RESET

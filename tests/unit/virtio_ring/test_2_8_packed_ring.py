@@ -73,13 +73,12 @@ def spin(native: NativeRing, count: int) -> None:
 @pytest.mark.parametrize("event_idx", [0, EVENT_IDX])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 255, 256])
 def test_random_histories_equal_the_oracles(size: int, event_idx: int, in_order: int) -> None:
-    play_histories(PackedOracleRing, size, PACKED | event_idx | in_order, seeds=8, steps=250)
+    play_histories(PackedOracleRing, size, PACKED | event_idx | in_order, seeds=6, steps=250)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("event_idx", [0, EVENT_IDX])
-def test_more_chains_than_any_counter_holds(event_idx: int) -> None:
-    with native_ring(5, PACKED | event_idx) as native:
+def test_more_chains_than_any_counter_holds() -> None:
+    with native_ring(5, PACKED | EVENT_IDX) as native:
         for count in range(65536 + 10):
             id = native.driver.offer(Segment(DATA_GPA, 64, writable=True))
             assert native.use(count & 0xFF) == id
