@@ -59,6 +59,27 @@ void av_load_stamp_sectors(uint8_t *data, uint64_t bytes, uint64_t sector);
 int av_load_blk_run(struct av_vdriver *const *drivers, const struct av_gmem *mem, uint32_t queues,
                     const struct av_load *load, const struct av_load_blk *blk,
                     struct av_load_result *out);
+
+/* Frames of frame_bytes, 14 to 1514. socket_fd: -1 to send them to the host. Else a packet socket
+ * on the TAP's interface, which they are put into to come from the host; at most `window` of them
+ * are on their way, fewer than the TAP's queue holds. */
+struct av_load_net {
+    uint32_t frame_bytes;
+    int socket_fd;
+    uint32_t window;
+};
+
+/* Bytes of data_bytes that the queue needs. */
+uint64_t av_load_net_room(const struct av_load *load, const struct av_load_net *net);
+/* Through a device's transmit or receive queue, always polling, for duration_ns. As
+ * av_load_blk_run(); no latencies. */
+int av_load_net_run(struct av_vdriver *driver, const struct av_gmem *mem,
+                    const struct av_load *load, const struct av_load_net *net,
+                    struct av_load_result *out);
+/* The same through a bare, non-blocking TAP with virtio headers of 12 bytes, by read or write;
+ * only `requests` and `elapsed_ns` are measured. 0 or -errno. */
+int av_load_tap_run(int tap_fd, const struct av_load *load, const struct av_load_net *net,
+                    struct av_load_result *out);
 /* cdef end */
 
 #endif

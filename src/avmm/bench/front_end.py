@@ -71,7 +71,8 @@ class FrontEnd:
     """One connection to the back-end at a socket, with `queues` rings of `size` descriptors.
 
     features: virtio features we would like; `features` afterwards is what was agreed upon.
-    data_bytes: shared memory for requests, of each queue; it begins at `data_gpa`.
+    data_bytes: shared memory for requests, of each queue; it begins at `data_gpa`. counted_by: 2
+    for a network device, where the protocol counts pairs of queues.
     Raises HostError("vhost-user") when the back-end is not there, refuses, or does not answer
     within timeout_s.
     """
@@ -84,6 +85,7 @@ class FrontEnd:
         size: int = 256,
         features: int = F_EVENT_IDX | F_INDIRECT_DESC,
         data_bytes: int,
+        counted_by: int = 1,
         timeout_s: float = 10.0,
     ) -> None:
         self._path = path
@@ -95,7 +97,7 @@ class FrontEnd:
             with self._explained("connect"):
                 self._socket.connect(path)
             self.features = self._negotiate(features)
-            self.queues_max = self._queues_max()
+            self.queues_max = counted_by * self._queues_max()
             if queues > self.queues_max:
                 raise self._error("GET_QUEUE_NUM", f"it has {self.queues_max} queues, not {queues}")
             places = self._place(queues, size)

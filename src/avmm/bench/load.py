@@ -100,10 +100,11 @@ def run_blk(
     if out.errors or out.mismatches:
         remedy = f"{out.errors} requests failed, {out.mismatches} sectors were wrong"
         raise HostError("back-end", op=f"Load on {back_end.name}", remedy=remedy)
-    return _measured(out, cpu_s)
+    return measured(out, cpu_s)
 
 
-def _measured(out: CData, cpu_s: float) -> Run:
+def measured(out: CData, cpu_s: float, *, latencies: bool = True) -> Run:
+    """From a `struct av_load_result`. cpu_s: what the back-end used meanwhile."""
     count = max(1, out.requests)
     return Run(
         rate=out.requests / (out.elapsed_ns / 1e9),
@@ -111,6 +112,6 @@ def _measured(out: CData, cpu_s: float) -> Run:
         driver_cpu_s_per_request=out.cpu_ns / 1e9 / count,
         kicks_per_request=out.kicks / count,
         interrupts_per_request=out.interrupts / count,
-        p50_s=out.p50_ns / 1e9,
-        p99_s=out.p99_ns / 1e9,
+        p50_s=out.p50_ns / 1e9 if latencies else None,
+        p99_s=out.p99_ns / 1e9 if latencies else None,
     )

@@ -66,6 +66,7 @@ class Suite:
 
 SUITES: tuple[Suite, ...] = (
     Suite("blk-native", "blk", "native", "avmm.bench.blk_native"),
+    Suite("net-native", "net", "native", "avmm.bench.net_native"),
     Suite("blk-guest", "blk", "guest", "avmm.bench.guest.blk"),
     Suite("net-guest", "net", "guest", "avmm.bench.guest.net"),
     Suite("boot-guest", "boot", "guest", "avmm.bench.guest.start"),

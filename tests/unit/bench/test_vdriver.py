@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
@@ -16,16 +13,13 @@ from avmm.bench.front_end import (
     F_EVENT_IDX,
     F_INDIRECT_DESC,
     F_RING_PACKED,
-    F_VERSION_1,
-    RingPlace,
 )
 from avmm.mem.guest import GuestMemory
 from avmm.native import CData, ffi, lib
 from avmm.units import MIB
-from fakes.blk_back_end import DeviceRing, serve_blk
+from fakes.blk_back_end import serve_blk
+from fakes.vdriver_pair import DATA_BYTES, DATA_GPA, Pair, pair, setup_of
 
-DATA_GPA = 1 * MIB
-DATA_BYTES = 1 * MIB
 FEATURES = [
     pytest.param(packed | event_idx | indirect, id="-".join(filter(None, names)))
     for packed, format in ((0, "split"), (F_RING_PACKED, "packed"))
@@ -33,62 +27,6 @@ FEATURES = [
     for indirect, table in ((0, ""), (F_INDIRECT_DESC, "indirect"))
     for names in [(format, event, table)]
 ]
-
-
-@dataclass
-class Pair:
-    """Both ends of one queue in one process."""
-
-    memory: GuestMemory
-    driver: CData
-    device: DeviceRing
-    kick_fd: int
-
-    def add(self, token: int, *segments: tuple[int, int], readable: int) -> bool:
-        native = ffi.new("struct av_vdriver_segment[]", list(segments))
-        added = lib.av_vdriver_add(self.driver, native, readable, len(segments) - readable, token)
-        return bool(added)
-
-    def take(self) -> tuple[int, int] | None:
-        token, written = ffi.new("uint32_t *"), ffi.new("uint32_t *")
-        taken = lib.av_vdriver_take(self.driver, token, written)
-        assert taken >= 0
-        return (token[0], written[0]) if taken else None
-
-    def statistics(self) -> CData:
-        out = ffi.new("struct av_vdriver_stats *")
-        lib.av_vdriver_statistics(self.driver, out)
-        return out
-
-
-def setup_of(memory: GuestMemory, size: int, features: int) -> CData:
-    place = RingPlace.at(0x1000, size)
-    setup = ffi.new("struct av_vdriver_setup *")
-    setup.mem = memory.native
-    setup.desc_gpa, setup.driver_gpa = place.desc_gpa, place.driver_gpa
-    setup.device_gpa, setup.table_gpa = place.device_gpa, place.table_gpa
-    setup.features, setup.size = features | F_VERSION_1, size
-    setup.kick_fd = setup.call_fd = -1
-    return setup
-
-
-@contextlib.contextmanager
-def pair(features: int, size: int = 8) -> Iterator[Pair]:
-    with contextlib.ExitStack() as stack:
-        memory = GuestMemory.create(4 * MIB)
-        stack.callback(memory.close)
-        setup = setup_of(memory, size, features)
-        for name in ("kick_fd", "call_fd"):
-            fd = os.eventfd(0, os.EFD_CLOEXEC)
-            stack.callback(os.close, fd)
-            setattr(setup, name, fd)
-        error = ffi.new("int *")
-        driver = lib.av_vdriver_create(setup, error)
-        assert error[0] == 0
-        stack.callback(lib.av_vdriver_destroy, driver)
-        device = DeviceRing(memory, setup)
-        stack.callback(device.close)
-        yield Pair(memory, driver, device, setup.kick_fd)
 
 
 @pytest.mark.parametrize("features", FEATURES)
