@@ -159,6 +159,9 @@ void av_net_stop(struct av_net *net)
 {
     struct av_net_rx *rx = &net->rx;
 
+    /* They are not lost to a driver whose ring goes on where it stands. */
+    for (; rx->held_end != rx->first_held; rx->held_end--)
+        av_vring_unpop(rx->ring);
     rx->first_held = rx->held_end = 0;
     rx->first_iov = rx->iov_end = 0;
     rx->held_bytes = rx->staged = 0;

@@ -221,6 +221,20 @@ async def test_buffers_taken_before_a_reset_belong_to_the_driver_again(plugged: 
         assert await net.received() == b"second"
 
 
+async def test_receive_buffers_that_were_held_are_taken_again_where_a_queue_goes_on(
+    plugged: Plugged,
+) -> None:
+    async with plugged() as net:
+        net.offer_rx(8)
+        net.tap.wire.send(HEADER + b"first")
+        assert await net.received() == b"first"
+        await settle()
+        driver, queue = net.rig.driver, net.rig.device.queues[RX]
+        await driver.write(mmio.QUEUE_SEL, RX)
+        await driver.write(mmio.QUEUE_READY, 0)
+        assert queue.base == net.rx.base
+
+
 async def test_one_queue_is_taken_away_and_the_other_goes_on(plugged: Plugged) -> None:
     async with plugged() as net:
         net.offer_rx(8)
