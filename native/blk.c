@@ -5,6 +5,12 @@
 #include <sys/epoll.h>
 
 #define KICK 0u /* source number */
+/* When to show the driver what is done: it works on that while we go on, and a driver that sleeps
+ * takes longer to wake than we need for a few more. */
+#define SHOW_REQUESTS 8u
+#define SHOW_BYTES (64u << 10)
+/* What one run moves at most by itself, about 100 us of copying. */
+#define RUN_BYTES (1u << 20)
 
 /* Take one chain; 1 taken, 0 none or no free slot, -EPROTO. */
 static int take(struct av_blk *blk)
@@ -40,35 +46,45 @@ static int take(struct av_blk *blk)
     return 1;
 }
 
+static void show(struct av_blk *blk)
+{
+    blk->unseen = 0;
+    blk->unseen_bytes = 0;
+    av_vring_flush(blk->ring);
+}
+
 /* Take and start up to a device's depth of requests; 1 when the ring may hold more. */
 static int serve(struct av_blk *blk)
 {
     uint32_t budget = blk->config.depth;
+    uint64_t moved = 0;
     int result;
 
     av_vring_kicks_off(blk->ring);
-    while ((result = take(blk)) > 0)
-        if (--budget == 0)
+    while ((result = take(blk)) > 0) {
+        av_blk_go_on(blk);
+        if (blk->unseen >= SHOW_REQUESTS || blk->unseen_bytes >= SHOW_BYTES) {
+            moved += blk->unseen_bytes;
+            show(blk);
+        }
+        if (--budget == 0 || moved >= RUN_BYTES)
             return 1;
+    }
     return result;
 }
 
 /* Submit what is queued and complete what is done, until nothing more is queued. */
-static int settle(struct av_blk *blk)
+static void settle(struct av_blk *blk)
 {
-    int result = 0;
-
     do {
         if (blk->queued != 0) {
             blk->queued = 0;
             blk->stats.batches++;
-            result = blk->engine->ops->submit(blk->engine);
-            if (result < 0)
-                return result;
+            blk->engine->ops->submit(blk->engine);
         }
         blk->engine->ops->reap(blk->engine, av_blk_op_done, blk);
+        av_blk_go_on(blk);
     } while (blk->queued != 0);
-    return 0;
 }
 
 static struct av_blk *of(struct av_lane *lane)
@@ -85,15 +101,15 @@ static bool can_take(const struct av_blk *blk)
 static int blk_run(struct av_lane *lane, uint32_t ready)
 {
     struct av_blk *blk = of(lane);
-    int more, result;
+    int more;
 
     if (ready & 1u << KICK)
         av_vring_count_kick(blk->ring);
     more = serve(blk);
-    result = settle(blk);
-    av_vring_flush(blk->ring);
-    if (result < 0 || more < 0)
-        return result < 0 ? result : more;
+    settle(blk);
+    show(blk);
+    if (more < 0)
+        return more;
     /* Chains that waited for a slot may have one by now. */
     return can_take(blk) && (more || av_vring_pending(blk->ring));
 }
@@ -131,15 +147,22 @@ static const struct av_lane_ops lane_ops = {
 static int allocate(struct av_blk *blk)
 {
     uint32_t depth = blk->config.depth;
+    /* Not a power of two apart: the few that are in use would share the same sets of the
+     * processor's cache. */
+    size_t stride = (size_t)(blk->iov_max | 7) + 5;
 
     blk->slots = calloc(depth, sizeof(*blk->slots));
-    blk->iovs = calloc((size_t)depth * blk->iov_max, sizeof(*blk->iovs));
-    if (blk->slots == NULL || blk->iovs == NULL)
+    blk->iovs = calloc(depth * stride, sizeof(*blk->iovs));
+    blk->ranges = calloc((size_t)depth * AV_BLK_RANGES_MAX, sizeof(*blk->ranges));
+    if (blk->slots == NULL || blk->iovs == NULL || blk->ranges == NULL)
         return ENOMEM;
-    for (uint32_t i = 0; i < depth; i++) {
-        blk->slots[i].iov = blk->iovs + (size_t)i * blk->iov_max;
-        blk->slots[i].next_free = blk->free;
-        blk->free = &blk->slots[i];
+    for (uint32_t i = depth; i-- > 0;) {
+        struct av_blk_slot *slot = &blk->slots[i];
+
+        slot->iov = blk->iovs + i * stride;
+        slot->req.range = blk->ranges + (size_t)i * AV_BLK_RANGES_MAX;
+        slot->next_free = blk->free;
+        blk->free = slot;
     }
     return 0;
 }
@@ -173,6 +196,7 @@ struct av_blk *av_blk_create(const struct av_blk_config *config, struct av_home 
     blk->config = *config;
     blk->ring = ring;
     blk->iov_max = config->seg_max + 2; /* header and status */
+    av_blk_cached_init(&blk->cached, config->fd, config->alignment_bytes == 1);
     blk->limits = (struct av_blk_limits){
         .capacity_sectors = config->capacity_sectors,
         .read_only = config->read_only,
@@ -196,6 +220,7 @@ void av_blk_destroy(struct av_blk *blk)
         blk->engine->ops->destroy(blk->engine);
     free(blk->slots);
     free(blk->iovs);
+    free(blk->ranges);
     free(blk);
 }
 

@@ -15,7 +15,7 @@ enum av_blk_op_kind {
     AV_BLK_OP_ZERO     /* zero without deallocating */
 };
 
-/* Valid until its result is given back. length: bytes, of PUNCH and ZERO. */
+/* Valid until its result is given back. length: bytes; iov holds as many, of READ and WRITE. */
 struct av_blk_op {
     enum av_blk_op_kind kind;
     uint64_t offset;
@@ -31,8 +31,9 @@ typedef void av_blk_done(void *context, struct av_blk_op *op);
 
 struct av_blk_engine_ops {
     void (*queue)(struct av_blk_engine *engine, struct av_blk_op *op);
-    /* Start what is queued; 0 or -errno. From here to arm(), event_fd may stay silent. */
-    int (*submit)(struct av_blk_engine *engine);
+    /* Start what is queued; what the host refuses to start is given back as failed. From here to
+     * arm(), event_fd may stay silent. */
+    void (*submit)(struct av_blk_engine *engine);
     /* Give finished operations to `done`. */
     void (*reap)(struct av_blk_engine *engine, av_blk_done *done, void *context);
     /* Whether reap() would find some, as far as memory tells. */

@@ -6,23 +6,24 @@
 #include <stdint.h>
 
 #include "blk.h"
+#include "blk_cached.h"
 #include "blk_engine.h"
 #include "blk_req.h"
 #include "lane.h"
 
-/* A request in flight. */
+/* A request in flight. What every transfer uses comes first, and fits into few cache lines. */
 struct av_blk_slot {
     struct av_blk_op op; /* first: the engine gives it back */
     struct av_blk_req req;
-    uint16_t head;
-    uint32_t range;     /* of a discard or write-zeroes: which one is under way */
-    uint64_t zeroed;    /* bytes of it that were written as zeroes */
-    uint32_t done;      /* bytes of data moved */
+    struct iovec *iov;
+    struct av_blk_slot *next_free;
     uint8_t *bounce;
+    uint32_t done; /* bytes of data moved */
+    uint16_t head;
+    uint32_t range;  /* of a discard or write-zeroes: which one is under way */
+    uint64_t zeroed; /* bytes of it that were written as zeroes */
     struct iovec bounce_iov;
     struct iovec zero_iov;
-    struct av_blk_slot *next_free;
-    struct iovec *iov;
 };
 
 struct av_blk {
@@ -31,12 +32,17 @@ struct av_blk {
     struct av_blk_limits limits;
     struct av_vring *ring;
     struct av_blk_engine *engine;
+    struct av_blk_cached cached;
     uint32_t iov_max;
     uint32_t in_flight;
-    uint32_t queued; /* operations handed to the engine since its last submit */
+    uint32_t queued;         /* operations handed to the engine since its last submit */
+    uint32_t unseen;         /* requests finished that the driver has not been shown */
+    uint64_t unseen_bytes;   /* of their data */
+    struct av_blk_op *ended; /* operations that were done at once, results not looked at */
     struct av_blk_slot *slots;
     struct av_blk_slot *free;
     struct iovec *iovs;
+    struct av_blk_range *ranges;
     struct av_blk_stats stats;
 };
 
@@ -46,5 +52,7 @@ void av_blk_perform(struct av_blk *blk, struct av_blk_slot *slot);
 void av_blk_finish(struct av_blk *blk, struct av_blk_slot *slot, uint8_t status);
 /* An av_blk_done: go on with the request whose operation the engine has finished. */
 void av_blk_op_done(void *context, struct av_blk_op *op);
+/* Go on with the requests whose operations were done at once. */
+void av_blk_go_on(struct av_blk *blk);
 
 #endif

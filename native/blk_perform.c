@@ -27,17 +27,27 @@ void av_blk_finish(struct av_blk *blk, struct av_blk_slot *slot, uint8_t status)
     slot->next_free = blk->free;
     blk->free = slot;
     blk->in_flight--;
+    blk->unseen++;
+    blk->unseen_bytes += slot->done;
 }
 
 static void start(struct av_blk *blk, struct av_blk_slot *slot, enum av_blk_op_kind kind)
 {
     slot->op.kind = kind;
+    if (av_blk_cached_try(&blk->cached, &slot->op)) {
+        /* Not followed up here: the rest of a transfer begins in here as well. */
+        blk->stats.cached++;
+        slot->op.next = blk->ended;
+        blk->ended = &slot->op;
+        return;
+    }
     blk->engine->ops->queue(blk->engine, &slot->op);
     blk->queued++;
 }
 
 static void start_sync(struct av_blk *blk, struct av_blk_slot *slot)
 {
+    slot->op.length = 0;
     start(blk, slot, AV_BLK_OP_SYNC);
 }
 
@@ -92,6 +102,7 @@ static void start_transfer(struct av_blk *blk, struct av_blk_slot *slot)
         slot->op.iov_count = 1;
     }
     slot->op.offset = req->sector * AV_BLK_SECTOR_BYTES;
+    slot->op.length = req->data_bytes;
     start(blk, slot, req->type == AV_BLK_T_IN ? AV_BLK_OP_READ : AV_BLK_OP_WRITE);
 }
 
@@ -130,6 +141,7 @@ static void start_zero_write(struct av_blk *blk, struct av_blk_slot *slot)
     slot->op.iov = &slot->zero_iov;
     slot->op.iov_count = 1;
     slot->op.offset = range->sector * AV_BLK_SECTOR_BYTES + slot->zeroed;
+    slot->op.length = slot->zero_iov.iov_len;
     start(blk, slot, AV_BLK_OP_WRITE);
 }
 
@@ -168,6 +180,7 @@ static void start_rest(struct av_blk *blk, struct av_blk_slot *slot, uint32_t mo
     struct iovec *iov = (struct iovec *)slot->op.iov;
 
     slot->op.offset += moved;
+    slot->op.length -= moved;
     while (moved >= iov->iov_len) {
         moved -= (uint32_t)iov->iov_len;
         iov++;
@@ -219,6 +232,16 @@ void av_blk_op_done(void *context, struct av_blk_op *op)
         range_done(blk, slot);
     else
         transfer_done(blk, slot);
+}
+
+void av_blk_go_on(struct av_blk *blk)
+{
+    while (blk->ended != NULL) {
+        struct av_blk_op *op = blk->ended;
+
+        blk->ended = op->next;
+        av_blk_op_done(blk, op);
+    }
 }
 
 static void answer_id(struct av_blk *blk, struct av_blk_slot *slot)

@@ -56,7 +56,7 @@ static uint8_t take_ranges(const struct av_blk_limits *limits, struct av_blk_req
     if (!(req->type == AV_BLK_T_DISCARD ? limits->discard : limits->write_zeroes))
         return AV_BLK_S_UNSUPP;
     if (limits->read_only || bytes == 0 || bytes % sizeof(req->range[0]) != 0 ||
-        bytes > sizeof(req->range))
+        bytes > AV_BLK_RANGES_MAX * sizeof(req->range[0]))
         return AV_BLK_S_IOERR;
     req->range_count = bytes / (uint32_t)sizeof(req->range[0]);
     take_front(&req->data, &req->data_count, req->range, bytes);

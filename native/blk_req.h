@@ -47,10 +47,10 @@ struct av_blk_req {
     uint32_t data_count;
     uint32_t data_bytes;
     uint32_t range_count;
-    struct av_blk_range range[AV_BLK_RANGES_MAX];
+    struct av_blk_range *range; /* room for AV_BLK_RANGES_MAX, the caller's */
 };
 
-/* Take a chain apart, changing its iov. 0, or AV_FAULT_REQUEST when it has no room for a status.
+/* Take a chain apart, changing its iov; out->range is set. 0, or AV_FAULT_REQUEST when it has no room for a status.
  * *status is what to answer at once, or AV_BLK_S_OK when the request is to be performed. */
 int av_blk_req_parse(struct av_chain *chain, const struct av_blk_limits *limits,
                      struct av_blk_req *out, uint8_t *status);

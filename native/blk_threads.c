@@ -111,7 +111,7 @@ static void threads_queue(struct av_blk_engine *engine, struct av_blk_op *op)
     append(&of(engine)->queued, op);
 }
 
-static int threads_submit(struct av_blk_engine *base)
+static void threads_submit(struct av_blk_engine *base)
 {
     struct threads_engine *engine = of(base);
     struct av_blk_op *op;
@@ -122,7 +122,6 @@ static int threads_submit(struct av_blk_engine *base)
         pthread_cond_signal(&engine->work);
     }
     pthread_mutex_unlock(&engine->lock);
-    return 0;
 }
 
 static void threads_reap(struct av_blk_engine *base, av_blk_done *done, void *context)

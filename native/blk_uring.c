@@ -13,10 +13,12 @@
 #include "blk_engine.h"
 
 #define SUBMIT_TRIES 1000
+#define COPY_MAX_BYTES (1u << 20)
 
 struct uring_engine {
     struct av_blk_engine base;
     struct io_uring ring;
+    struct av_blk_op *refused; /* not started, and not given back yet */
 };
 
 static struct uring_engine *of(struct av_blk_engine *engine)
@@ -55,33 +57,75 @@ static void uring_queue(struct av_blk_engine *engine, struct av_blk_op *op)
         break;
     }
     sqe->flags |= IOSQE_FIXED_FILE;
+    /* A copy of so much from the page cache would hold up the thread that submits. */
+    if (op->length > COPY_MAX_BYTES)
+        sqe->flags |= IOSQE_ASYNC;
     io_uring_sqe_set_data(sqe, op);
 }
 
-static int uring_submit(struct av_blk_engine *engine)
+/* Take back what the kernel did not take, the newest entries of the ring; it looks at them only
+ * within io_uring_enter(). */
+static void take_back(struct uring_engine *engine, int error)
 {
-    struct io_uring *ring = &of(engine)->ring;
+    struct io_uring_sq *sq = &engine->ring.sq;
+    unsigned left = io_uring_sq_ready(&engine->ring);
+    unsigned mask = *sq->kring_mask;
+
+    sq->sqe_tail -= left;
+    for (unsigned i = 0; i < left; i++) {
+        struct io_uring_sqe *sqe = &sq->sqes[(sq->sqe_tail + i) & mask];
+        struct av_blk_op *op = (struct av_blk_op *)(uintptr_t)sqe->user_data;
+
+        op->result = error;
+        op->next = engine->refused;
+        engine->refused = op;
+    }
+    sq->sqe_head = sq->sqe_tail;
+    io_uring_smp_store_release(sq->ktail, sq->sqe_tail);
+}
+
+static void uring_submit(struct av_blk_engine *base)
+{
+    struct uring_engine *engine = of(base);
+    struct io_uring *ring = &engine->ring;
     int result, patience = SUBMIT_TRIES;
 
-    /* What completes within the call (a read from the page cache does), or while there is other
-     * work, is reaped without a wake-up. */
+    /* What completes within the call, or while there is other work, is reaped without a
+     * wake-up. */
     io_uring_cq_eventfd_toggle(ring, false);
     /* EAGAIN and EBUSY: the kernel is short of memory for a moment; what was not taken stays. */
     do {
         result = io_uring_submit(ring);
-        if ((result == -EAGAIN || result == -EBUSY) && --patience != 0)
+        if (result == -EAGAIN || result == -EBUSY)
             sched_yield();
-    } while (patience != 0 && (result == -EINTR || result == -EAGAIN || result == -EBUSY ||
-                               (result > 0 && io_uring_sq_ready(ring) != 0)));
-    return result < 0 ? result : 0;
+    } while (--patience != 0 && (result == -EINTR || result == -EAGAIN || result == -EBUSY ||
+                                 (result > 0 && io_uring_sq_ready(ring) != 0)));
+    /* A plain error, not EAGAIN: the requests are not to be tried once more. */
+    if (io_uring_sq_ready(ring) != 0)
+        take_back(engine, -EIO);
 }
 
-static void uring_reap(struct av_blk_engine *engine, av_blk_done *done, void *context)
+/* Completions that wait for their thread to enter the kernel. */
+static bool work_waits(const struct io_uring *ring)
 {
-    struct io_uring *ring = &of(engine)->ring;
+    return (__atomic_load_n(ring->sq.kflags, __ATOMIC_RELAXED) & IORING_SQ_TASKRUN) != 0;
+}
+
+static void uring_reap(struct av_blk_engine *base, av_blk_done *done, void *context)
+{
+    struct uring_engine *engine = of(base);
+    struct io_uring *ring = &engine->ring;
     struct io_uring_cqe *cqe;
     unsigned head, count = 0;
 
+    while (engine->refused != NULL) {
+        struct av_blk_op *op = engine->refused;
+
+        engine->refused = op->next;
+        done(context, op);
+    }
+    if (work_waits(ring))
+        io_uring_get_events(ring);
     io_uring_for_each_cqe(ring, head, cqe) {
         struct av_blk_op *op = io_uring_cqe_get_data(cqe);
         op->result = cqe->res;
@@ -91,9 +135,12 @@ static void uring_reap(struct av_blk_engine *engine, av_blk_done *done, void *co
     io_uring_cq_advance(ring, count);
 }
 
-static bool uring_ready(struct av_blk_engine *engine)
+static bool uring_ready(struct av_blk_engine *base)
 {
-    return io_uring_cq_ready(&of(engine)->ring) != 0;
+    struct uring_engine *engine = of(base);
+
+    return engine->refused != NULL || io_uring_cq_ready(&engine->ring) != 0 ||
+           work_waits(&engine->ring);
 }
 
 static bool uring_arm(struct av_blk_engine *engine)
@@ -127,9 +174,10 @@ static const struct av_blk_engine_ops uring_ops = {
 
 static int ring_init(struct io_uring *ring, uint32_t depth)
 {
-    /* Completions are looked at when the loop comes around, so an interrupt of its thread for
-     * each is wasted; kernels before 5.19 do not know the flag. */
-    int result = io_uring_queue_init(depth, ring, IORING_SETUP_COOP_TASKRUN);
+    /* Completions are looked at when the thread comes around, so an interrupt of it for each is
+     * wasted, as long as it can see that there are some; kernels before 5.19 do not know this. */
+    unsigned flags = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
+    int result = io_uring_queue_init(depth, ring, flags);
 
     return result == -EINVAL ? io_uring_queue_init(depth, ring, 0) : result;
 }
