@@ -9,6 +9,7 @@ import mmap
 import os
 import stat
 import struct
+from dataclasses import dataclass
 from typing import Self
 
 from avmm.errors import ConfigError, HostError
@@ -18,8 +19,26 @@ _BLKGETSIZE64 = 0x80081272
 _DIRECT_ALIGNMENT_MAX_BYTES = 4096
 """What every file system and disk that has direct I/O is content with."""
 
+_PHYSICAL_MAX_BYTES = 4096
+"""Of a file: a file system's larger units are good to know for I/O, but no sector of any disk."""
+
+_BLKIOMIN, _BLKIOOPT, _BLKALIGNOFF, _BLKPBSZGET = 0x1278, 0x1279, 0x127A, 0x127B
+
 _FLOCK = struct.Struct("hhqqi4x")
 _F_OFD_SETLK = 37
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """How I/O is best shaped. logical_bytes: the unit of addresses; physical_bytes: the least that
+    is written without reading first, a power of two of logical ones; offset_bytes: where the first
+    physical block begins; min_io_bytes, opt_io_bytes: preferred sizes, 0 when the host has none."""
+
+    logical_bytes: int
+    physical_bytes: int
+    offset_bytes: int
+    min_io_bytes: int
+    opt_io_bytes: int
 
 
 class RawDisk:
@@ -77,6 +96,20 @@ class RawDisk:
             )
         return size_bytes
 
+    def topology(self) -> Topology:
+        """What the host says of its disk, or else of its file system."""
+        logical = max(self.alignment_bytes, SECTOR_BYTES)
+        status = os.fstat(self.fd)
+        if not stat.S_ISBLK(status.st_mode):
+            unit = max(status.st_blksize, logical)
+            return Topology(logical, min(unit, _PHYSICAL_MAX_BYTES), 0, unit, 0)
+        physical, minimum, optimal, offset = (
+            _device_number(self.fd, request)
+            for request in (_BLKPBSZGET, _BLKIOMIN, _BLKIOOPT, _BLKALIGNOFF)
+        )
+        # -1: made of disks whose blocks begin at different places, so none is right.
+        return Topology(logical, max(physical, logical), max(offset, 0), minimum, optimal)
+
     def close(self) -> None:
         """Close and unlock; no I/O may be in flight. Idempotent."""
         if self.fd >= 0:
@@ -99,6 +132,12 @@ class RawDisk:
                 else:
                     break
         return size_bytes
+
+
+def _device_number(fd: int, request: int) -> int:
+    value = array.array("i", [0])
+    fcntl.ioctl(fd, request, value, True)
+    return value[0]
 
 
 def _lock(fd: int, path: str, read_only: bool) -> None:

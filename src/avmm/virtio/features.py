@@ -30,6 +30,7 @@ BLK_BLK_SIZE: Final = 1 << 6
 BLK_FLUSH: Final = 1 << 9
 BLK_TOPOLOGY: Final = 1 << 10
 BLK_CONFIG_WCE: Final = 1 << 11
+BLK_MQ: Final = 1 << 12
 BLK_DISCARD: Final = 1 << 13
 BLK_WRITE_ZEROES: Final = 1 << 14
 

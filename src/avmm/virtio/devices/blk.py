@@ -18,10 +18,10 @@ from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import Home, HomeChoice
 from avmm.virtio.queue import Queue
 
-QUEUE_SIZE = 256
+QUEUES_MAX = 16
+QUEUE_SIZE_MIN, QUEUE_SIZE_MAX = 16, 1024
 SEG_MAX = 126
 ID_BYTES = 20
-_DEPTH = 256
 _RANGES_MAX = 32
 _RANGE_SECTORS_MAX = 0xFFFF_FFFF
 _WRITEBACK_AT = 32
@@ -48,6 +48,17 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Literal["auto", "io_uring", "threads"],
         msgspec.Meta(description="how the host does the I/O: auto, io_uring or threads"),
     ] = "auto"
+    queues: Annotated[
+        int | None,
+        msgspec.Meta(description=f"queues, 1 to {QUEUES_MAX}; one for each vCPU by default"),
+    ] = None
+    queue_size: Annotated[
+        int,
+        msgspec.Meta(
+            description="requests that a queue holds, a power of two "
+            f"from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}"
+        ),
+    ] = 256
     home: HomeChoice = "auto"
     id: Annotated[str | None, msgspec.Meta(description="name in logs and statistics")] = None
 
@@ -59,6 +70,17 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "disk",
                 f"Disk {self.path}: serial {self.serial!r} is not ASCII of up to {ID_BYTES} bytes",
             )
+        if self.queues is not None and not 1 <= self.queues <= QUEUES_MAX:
+            raise ConfigError(
+                "disk", f"Disk {self.path}: queues={self.queues} is not in 1 to {QUEUES_MAX}"
+            )
+        size = self.queue_size
+        if not QUEUE_SIZE_MIN <= size <= QUEUE_SIZE_MAX or size & (size - 1):
+            raise ConfigError(
+                "disk",
+                f"Disk {self.path}: queue_size={size} is not a power of two "
+                f"from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}",
+            )
 
 
 class BlkDevice(VirtioDevice):
@@ -66,15 +88,20 @@ class BlkDevice(VirtioDevice):
 
     def __init__(self, config: Disk, disk: RawDisk, context: DeviceContext) -> None:
         offered = features.BLK_SEG_MAX | features.BLK_BLK_SIZE | features.BLK_FLUSH
-        offered |= features.BLK_CONFIG_WCE
+        offered |= features.BLK_CONFIG_WCE | features.BLK_TOPOLOGY
+        queues = config.queues or min(context.cpus, QUEUES_MAX)
+        if queues > 1:
+            offered |= features.BLK_MQ
         if disk.read_only:
             offered |= features.BLK_RO
         else:
             offered |= features.BLK_DISCARD | features.BLK_WRITE_ZEROES
-        super().__init__(BLK, context, offered=offered, queue_sizes=(QUEUE_SIZE,))
+        super().__init__(BLK, context, offered=offered, queue_sizes=(config.queue_size,) * queues)
         self.disk = disk
         self._op = f"I/O on disk {disk.path}"
         self._writeback = True
+        self._topology = disk.topology()
+        self._seg_max = _seg_max(config)
         self.engine = ""
         self._natives: list[CData] = []
         for queue in self.queues:
@@ -131,15 +158,18 @@ class BlkDevice(VirtioDevice):
         self.set_config(self._config(), notify=False)
 
     def _config(self) -> bytes:
-        disk = self.disk
-        block_bytes = max(disk.alignment_bytes, SECTOR_BYTES)
+        disk, topology = self.disk, self._topology
+        block_bytes = topology.logical_bytes
         zero = 0 if disk.read_only else _RANGE_SECTORS_MAX
         return _CONFIG.pack(
-            *(disk.size_bytes // SECTOR_BYTES, 0, SEG_MAX),
+            *(disk.size_bytes // SECTOR_BYTES, 0, self._seg_max),
             *(0, 0, 0, block_bytes),
-            *(0, 0, 0, 0),
+            (topology.physical_bytes // block_bytes).bit_length() - 1,
+            topology.offset_bytes // block_bytes,
+            min(topology.min_io_bytes // block_bytes, 0xFFFF),
+            topology.opt_io_bytes // block_bytes,
             *(self._writeback, 0, len(self.queues)),
-            *(zero, _RANGES_MAX, block_bytes // SECTOR_BYTES),
+            *(zero, _RANGES_MAX, topology.physical_bytes // SECTOR_BYTES),
             *(zero, _RANGES_MAX, 1),
         )
 
@@ -150,8 +180,13 @@ class BlkDevice(VirtioDevice):
 
 _COUNTERS = (
     *("reads", "writes", "flushes", "discards", "write_zeroes", "get_ids", "unsupported"),
-    *("errors", "read_bytes", "write_bytes", "batches", "bounced"),
+    *("errors", "read_bytes", "write_bytes", "cached", "batches", "bounced"),
 )
+
+
+def _seg_max(config: Disk) -> int:
+    """Data segments of a request, which fit into a queue beside header and status."""
+    return min(SEG_MAX, config.queue_size - 2)
 
 
 def _create_native(
@@ -164,8 +199,8 @@ def _create_native(
     settings.read_only = disk.read_only
     settings.discard = settings.write_zeroes = not disk.read_only
     settings.writeback = True
-    settings.seg_max = SEG_MAX
-    settings.depth = _DEPTH
+    settings.seg_max = _seg_max(config)
+    settings.depth = config.queue_size
     settings.alignment_bytes = disk.alignment_bytes
     settings.id = (config.serial or id).encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
     engines = ("io_uring", "threads") if config.engine == "auto" else (config.engine,)
