@@ -43,7 +43,15 @@ class BlkDriver:
         self.rig = rig
         self._slots = 0
 
-    def submit(self, kind: int, sector: int = 0, data: bytes = b"", *, read_bytes: int = 0) -> int:
+    def submit(
+        self,
+        kind: int,
+        sector: int = 0,
+        data: bytes = b"",
+        *,
+        read_bytes: int = 0,
+        queue: int = 0,
+    ) -> int:
         """Offer a request without a kick; the gpa of its slot."""
         memory = self.rig.memory
         slot = DATA_GPA + self._slots % 32 * _SLOT_BYTES
@@ -57,21 +65,27 @@ class BlkDriver:
         if read_bytes:
             segments.append(Segment(slot + _DATA_AT, read_bytes, writable=True))
         segments.append(Segment(slot + _STATUS_AT, 1, writable=True))
-        self.rig.driver.queues[0].offer(*segments)
+        self.rig.driver.queues[queue].offer(*segments)
         return slot
 
-    def kick(self) -> None:
-        self.rig.driver.kick(0)
+    def kick(self, queue: int = 0) -> None:
+        self.rig.driver.kick(queue)
 
     def status(self, slot: int) -> int:
         """The status byte; 0xFF while the device has not written it."""
         return self.rig.memory.read(slot + _STATUS_AT, 1)[0]
 
     async def request(
-        self, kind: int, sector: int = 0, data: bytes = b"", *, read_bytes: int = 0
+        self,
+        kind: int,
+        sector: int = 0,
+        data: bytes = b"",
+        *,
+        read_bytes: int = 0,
+        queue: int = 0,
     ) -> tuple[int, bytes]:
         """One request to its end: its status and what it read."""
-        slot = self.submit(kind, sector, data, read_bytes=read_bytes)
-        self.kick()
-        await self.rig.driver.used(0)
+        slot = self.submit(kind, sector, data, read_bytes=read_bytes, queue=queue)
+        self.kick(queue)
+        await self.rig.driver.used(queue)
         return self.status(slot), self.rig.memory.read(slot + _DATA_AT, read_bytes)

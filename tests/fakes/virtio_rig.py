@@ -42,7 +42,7 @@ class Rig(Generic[D]):
 
 @asynccontextmanager
 async def virtio_rig(
-    build: Callable[[DeviceContext], Awaitable[D]], *, io_threads: int = 0
+    build: Callable[[DeviceContext], Awaitable[D]], *, io_threads: int = 0, cpus: int = 1
 ) -> AsyncIterator[Rig[D]]:
     """Built and taken down in the order in which the machine does it."""
     errors: list[BaseException] = []
@@ -65,6 +65,7 @@ async def virtio_rig(
                 stack=stack,
                 on_error=errors.append,
                 ring=ring,
+                cpus=cpus,
             )
         )
         stack.push_async_callback(device.quiesce)

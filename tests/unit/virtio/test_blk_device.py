@@ -31,11 +31,12 @@ from fakes.blk_driver import (
     BlkDriver,
 )
 from fakes.driver_queue import Segment
-from fakes.mmio_driver import settle
+from fakes.mmio_driver import eventually, settle
 from fakes.virtio_rig import DATA_GPA, Rig, virtio_rig
 
 SIZE_BYTES = 4 * MIB
 WRITEBACK = mmio.CONFIG + 32
+BLK_SECURE_ERASE = 1 << 16
 Plugged = Callable[..., AbstractAsyncContextManager[tuple[Rig[BlkDevice], BlkDriver]]]
 
 
@@ -55,22 +56,25 @@ def fill(image: Path, data: bytes) -> None:
     image.write_bytes(data)
 
 
-@pytest.fixture(params=["io_uring", "threads"])
+@pytest.fixture(params=[("io_uring", 0), ("io_uring", 1), ("threads", 0), ("threads", 1)], ids=str)
 def plugged(image: Path, request: pytest.FixtureRequest) -> Plugged:
-    """A started disk on `image`, by each engine."""
+    """A started disk on `image`, by each engine and on each kind of home."""
+    engine, io_threads = request.param
 
     @asynccontextmanager
     async def plugged(
         accept: int | None = None, **options: object
     ) -> AsyncIterator[tuple[Rig[BlkDevice], BlkDriver]]:
-        disk = Disk(str(image), engine=request.param, **options)  # type: ignore[arg-type]
+        disk = Disk(str(image), engine=engine, **options)  # type: ignore[arg-type]
         try:
-            async with virtio_rig(lambda context: build(disk, context)) as rig:
+            async with virtio_rig(
+                lambda context: build(disk, context), io_threads=io_threads
+            ) as rig:
                 await rig.driver.start(accept)
                 yield rig, BlkDriver(rig)
                 assert rig.errors == []
         except HostError as e:
-            if request.param == "io_uring" and e.kind == "disk-engine":
+            if engine == "io_uring" and e.kind == "disk-engine":
                 pytest.skip(f"no io_uring here: {e}")
             raise
 
@@ -145,25 +149,34 @@ async def test_a_request_without_room_for_a_status_is_a_fault(plugged: Plugged) 
 
 async def test_discard_and_write_zeroes_leave_zeroes(plugged: Plugged, image: Path) -> None:
     fill(image, b"\xff" * SIZE_BYTES)
+    blocks = os.stat(image).st_blocks
     async with plugged() as (_, blk):
         assert (await blk.request(DISCARD, 0, struct.pack("<QII", 8, 8, 0)))[0] == OK
         assert (await blk.request(WRITE_ZEROES, 0, struct.pack("<QII", 24, 8, 1)))[0] == OK
+    assert os.stat(image).st_blocks == blocks - 16  # both left holes
     data = contents(image)
     assert data[4 * KIB : 8 * KIB] == bytes(4 * KIB)
     assert data[12 * KIB : 16 * KIB] == bytes(4 * KIB)
     assert data.count(b"\xff") == SIZE_BYTES - 8 * KIB
 
 
-async def test_the_configuration_describes_the_disk(plugged: Plugged) -> None:
+async def test_the_configuration_describes_the_disk(plugged: Plugged, image: Path) -> None:
     async with plugged() as (rig, _):
         assert rig.driver.read(mmio.CONFIG, 8) == SIZE_BYTES // 512
         assert rig.driver.read(mmio.CONFIG + 12) == 126  # seg_max
         assert rig.driver.read(mmio.CONFIG + 20) == 512  # blk_size
+        block_bytes = os.stat(image).st_blksize
+        assert 512 << rig.driver.read(mmio.CONFIG + 24, 1) == min(block_bytes, 4096)
+        assert rig.driver.read(mmio.CONFIG + 25, 1) == 0  # alignment_offset
+        assert rig.driver.read(mmio.CONFIG + 26, 2) == block_bytes // 512  # min_io_size
+        assert rig.driver.read(mmio.CONFIG + 28) == 0  # opt_io_size
         assert rig.driver.read(WRITEBACK, 1) == 1
         assert rig.driver.read(mmio.CONFIG + 34, 2) == 1  # num_queues
         assert rig.driver.read(mmio.CONFIG + 36) == 0xFFFF_FFFF  # max_discard_sectors
         offered = await rig.driver.read_features()
         assert offered & features.BLK_DISCARD
+        assert offered & features.BLK_TOPOLOGY
+        assert not offered & (features.BLK_MQ | BLK_SECURE_ERASE)
         assert not offered & features.BLK_RO
 
 
@@ -249,7 +262,7 @@ async def test_a_reset_leaves_nothing_half_written(plugged: Plugged, image: Path
         for i in range(8):
             blk.submit(OUT, 64 * i, data)
         blk.kick()
-        await settle()
+        await eventually(lambda: rig.device.statistics().queues[0].chains > 0)
         await rig.driver.write(mmio.STATUS, 0)
         before = contents(image)
         rig.memory.write(DATA_GPA, bytes(512 * KIB))  # the driver reuses its memory
