@@ -17,6 +17,7 @@ MODULES = (
     "interrupt",
     "vring",
     "home",
+    "relay",
     "rng",
     "blk",
     "net",

@@ -31,7 +31,7 @@ Exit status: 0 ended by a signal, 1 the host failed, 2 bad input.
 """
 
 _MAIN_OPTION = {"path": ("--disk", "FILE"), "name": ("--tap", "NAME")}
-_NOT_OURS = frozenset({"id", "home", "guest", "mac"})
+_NOT_OURS = frozenset({"id", "home", "guest", "mac", "vhost"})
 """Fields that mean something to our own guests only: a front-end has its own MAC address, and the
 queues go to --io-threads."""
 

@@ -7,7 +7,7 @@ from typing import Self
 from avmm.errors import GuestFault
 from avmm.mem.layout import ram_ranges
 from avmm.mem.region import Region, memory_error
-from avmm.native import CData, ffi
+from avmm.native import CData, ffi, lib
 from avmm.units import Gpa
 
 
@@ -59,6 +59,13 @@ class GuestMemory:
             if offset >= 0 and 0 <= size_bytes <= region.size_bytes - offset:
                 return region.view[offset : offset + size_bytes]
         raise GuestFault("bad-gpa", f"No {size_bytes} bytes of guest memory at {gpa:#x}")
+
+    def hva(self, gpa: int, size_bytes: int) -> int:
+        """The host address of the guest's own bytes, for the kernel; raises as view()."""
+        native = lib.av_gmem_hva(self.native, gpa, size_bytes)
+        if not native:
+            raise GuestFault("bad-gpa", f"No {size_bytes} bytes of guest memory at {gpa:#x}")
+        return int(ffi.cast("uintptr_t", native))
 
     def read(self, gpa: int, size_bytes: int) -> bytes:
         """A copy of guest memory; raises GuestFault("bad-gpa")."""

@@ -69,9 +69,13 @@ class Hooks:
     def on_reset(self) -> None:
         """Forget what the driver set up; at rest, after every on_queue_stop()."""
 
+    def is_kicked(self, index: int) -> bool:
+        """Whether kick() works on queue `index`, which no enabled lane serves."""
+        return True
+
     def kick(self, index: int) -> bool:
-        """Work on queue `index`, which no enabled lane serves and whose kick_fd is readable: drain
-        it, do a bounded amount. True when there is more to do. Raises GuestFault or HostError."""
+        """Work on a queue whose kick_fd is readable: drain it, do a bounded amount. True when
+        there is more to do. Raises GuestFault or HostError."""
         raise BugError("device", f"queue {index} has neither a lane nor a kick()")
 
     def on_news(self) -> None:
@@ -239,7 +243,7 @@ class VirtioDevice(Hooks):
             if any(queue.ready for queue in lane.queues):
                 lane.start()
         for queue in self.queues:
-            if queue.ready and queue not in served:
+            if queue.ready and queue not in served and self.is_kicked(queue.index):
                 self.pump.watch(queue.kick_fd, functools.partial(self.kick, queue.index))
                 # The driver may have offered chains while its kicks were switched off.
                 queue.notify()

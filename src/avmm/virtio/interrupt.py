@@ -80,17 +80,19 @@ class Interrupts:
 
     line_fd: all are the same object in front of this eventfd, as on virtio-mmio. Without it each
     is its own and begins with NO_FD, to be given a vector by the driver.
+
+    line: that one object, whose status the driver reads before anything else; None without it.
     """
 
     def __init__(self, line_fd: int | None = None) -> None:
         self.config = Interrupt(NO_FD if line_fd is None else line_fd)
-        self._one_line = line_fd is not None
+        self.line: Interrupt | None = self.config if line_fd is not None else None
         self._queues: list[Interrupt] = []
 
     def queue(self, index: int) -> Interrupt:
         """Queue `index`'s; made when it is first asked for. Loop."""
-        if self._one_line:
-            return self.config
+        if self.line is not None:
+            return self.line
         while len(self._queues) <= index:
             self._queues.append(Interrupt())
         return self._queues[index]

@@ -35,6 +35,7 @@ from avmm.virtio.devices.net_control import (
 )
 from avmm.virtio.devices.net_filter import ReceiveFilter
 from avmm.virtio.devices.net_pairs import NativePairs, Pairs
+from avmm.virtio.devices.net_vhost import VhostPairs
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import HomeChoice
 
@@ -94,9 +95,12 @@ class Tap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         int | None,
         msgspec.Meta(
             description=f"queue pairs, up to {PAIRS_MAX}; by default as many as can work at once: "
-            f"one a vCPU and I/O thread, up to {PAIRS_DEFAULT_MAX}"
+            f"one a vCPU and thread that serves them, up to {PAIRS_DEFAULT_MAX}"
         ),
     ] = None
+    vhost: Annotated[
+        bool, msgspec.Meta(description="packets are moved by the kernel's vhost-net")
+    ] = False
     home: HomeChoice = "auto"
     id: Annotated[str | None, msgspec.Meta(description="name in logs and statistics")] = None
 
@@ -143,7 +147,9 @@ class NetDevice(VirtioDevice):
         self._commands = ChainQueue(self.queues[-1], data_max_bytes=DATA_MAX_BYTES)
         self._control_commands = 0
         self._control_errors = 0
-        self._pairs: Pairs = NativePairs(self, tap, self.queues[:-1], config.home)
+        served_by = VhostPairs if config.vhost else NativePairs
+        self._pairs: Pairs = served_by(self, tap, self.queues[:-1], config.home)
+        self.state.offered &= ~self._pairs.withheld
         self.set_config(self._config())
 
     def on_activate(self, negotiated: int) -> None:
@@ -190,11 +196,12 @@ class NetDevice(VirtioDevice):
         if error := self._pairs.take_error():
             self._tap_is_gone(error)
 
+    def is_kicked(self, index: int) -> bool:
+        """Only the control queue: pairs not in use may be set up all the same."""
+        return index == self._commands.queue.index
+
     def kick(self, index: int) -> bool:
-        """Carry out control commands; other queues that come here are of pairs not in use."""
-        if index != self._commands.queue.index:
-            self.queues[index].take_kick()
-            return False
+        """Carry out control commands."""
         for chain in self._commands.take():
             if chain.room_bytes == 0:
                 raise GuestFault("request", f"Queue {index}: a command without room for its ack")
@@ -325,7 +332,9 @@ def _random_mac() -> bytes:
 
 async def build(config: Tap, context: DeviceContext) -> NetDevice:
     """Open the TAP, then make the device. Raises ConfigError, HostError."""
-    at_once = min(context.cpus, max(context.homes.threads, 1), PAIRS_DEFAULT_MAX)
+    # vhost-net has a thread for each pair.
+    threads = PAIRS_DEFAULT_MAX if config.vhost else max(context.homes.threads, 1)
+    at_once = min(context.cpus, threads, PAIRS_DEFAULT_MAX)
     settings = TapSettings(config.name, config.host, config.mtu, queues=config.queues or at_once)
     tap = await open_tap(settings)
     context.stack.push_async_callback(tap.close)
