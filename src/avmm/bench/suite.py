@@ -69,6 +69,7 @@ SUITES: tuple[Suite, ...] = (
     Suite("net-native", "net", "native", "avmm.bench.net_native"),
     Suite("blk-guest", "blk", "guest", "avmm.bench.guest.blk"),
     Suite("net-guest", "net", "guest", "avmm.bench.guest.net"),
+    Suite("exits", "exits", "native", "avmm.bench.exits"),
     Suite("boot-guest", "boot", "guest", "avmm.bench.guest.start"),
 )
 
