@@ -23,6 +23,7 @@ MODULES = (
     "net",
     "uart",
     "regs",
+    "rtc",
     "vcpu",
     "vdriver",
     "load",

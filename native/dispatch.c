@@ -48,6 +48,15 @@ int av_dispatch_add_uart(struct av_dispatch *dispatch, uint64_t port, struct av_
     return 0;
 }
 
+int av_dispatch_add_rtc(struct av_dispatch *dispatch, uint64_t port, struct av_rtc *rtc)
+{
+    if (dispatch->rtc != NULL)
+        return -EBUSY;
+    dispatch->rtc_port = port;
+    dispatch->rtc = rtc;
+    return 0;
+}
+
 int av_dispatch_add_interrupt(struct av_dispatch *dispatch, uint64_t mmio_base,
                               struct av_interrupt *interrupt)
 {

@@ -31,6 +31,8 @@ struct av_dispatch {
     struct av_range_table mmio;
     uint64_t uart_port;
     struct av_uart *uart;
+    uint64_t rtc_port;
+    struct av_rtc *rtc;
     uint32_t interrupts;
     struct av_interrupt_slot interrupt[AV_DISPATCH_INTERRUPTS_MAX];
     uint32_t regs_count;

@@ -7,6 +7,7 @@
 
 #include "interrupt.h"
 #include "regs.h"
+#include "rtc.h"
 #include "uart.h"
 
 /* cdef begin */
@@ -42,7 +43,7 @@ struct av_vcpu_stats {
     uint64_t mmio_python;
     uint64_t uart;
     uint64_t interrupt;  /* virtio-mmio InterruptStatus and InterruptACK */
-    uint64_t registers;  /* PCI configuration, MSI-X tables */
+    uint64_t registers;  /* PCI configuration, MSI-X tables, the clock */
     uint64_t unassigned;
     uint64_t signals;
     uint64_t other;
@@ -56,8 +57,9 @@ void av_dispatch_destroy(struct av_dispatch *dispatch);
 /* Accesses to these are exits to Python; all others are unassigned: reads give ones. -ENOSPC. */
 int av_dispatch_add_pio(struct av_dispatch *dispatch, uint64_t base, uint64_t size);
 int av_dispatch_add_mmio(struct av_dispatch *dispatch, uint64_t base, uint64_t size);
-/* Both are borrowed and must outlive every vCPU. -ENOSPC; -EBUSY for a second UART. */
+/* All are borrowed and must outlive every vCPU. -ENOSPC; -EBUSY for a second UART or clock. */
 int av_dispatch_add_uart(struct av_dispatch *dispatch, uint64_t port, struct av_uart *uart);
+int av_dispatch_add_rtc(struct av_dispatch *dispatch, uint64_t port, struct av_rtc *rtc);
 int av_dispatch_add_interrupt(struct av_dispatch *dispatch, uint64_t mmio_base,
                               struct av_interrupt *interrupt);
 /* Accesses to it are answered as it says, and are exits to Python at its address otherwise. */

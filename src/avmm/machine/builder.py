@@ -166,6 +166,7 @@ def _dispatch(platform: Platform, backplane: Backplane, stack: AsyncExitStack) -
         raise HostError("memory", op="Exit dispatch", errno=ffi.errno)
     stack.callback(lib.av_dispatch_destroy, dispatch)
     results = [lib.av_dispatch_add_uart(dispatch, layout.PORT_COM1, platform.serial.native)]
+    results += [lib.av_dispatch_add_rtc(dispatch, layout.PORT_CMOS_INDEX, platform.rtc.native)]
     results += [lib.av_dispatch_add_pio(dispatch, r.base, r.size) for r in platform.pio.ranges()]
     results += [lib.av_dispatch_add_mmio(dispatch, r.base, r.size) for r in platform.mmio.ranges()]
     results += backplane.dispatch(dispatch)

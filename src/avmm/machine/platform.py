@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -21,11 +20,13 @@ from avmm.mem import layout
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """The buses with the fixed devices on them; serial and power are what avmm itself uses."""
+    """The buses with the fixed devices on them; the C loop knows serial and rtc, and serial and
+    power are what avmm itself uses."""
 
     pio: Bus
     mmio: Bus
     serial: Serial16550
+    rtc: RtcCmos
     power: AcpiPm
 
 
@@ -49,11 +50,12 @@ def add_platform(vm: Vm, stack: AsyncExitStack, end: Callable[[ExitReason], None
     serial = Serial16550(wired(layout.GSI_COM1))
     stack.callback(serial.close)
     power = AcpiPm(on_sleep, on_reset, wired(layout.GSI_ACPI_EVENT))
+    rtc = RtcCmos()
+    stack.callback(rtc.close)
     i8042 = I8042(on_reset)
     pio = Bus()
     pio.add(layout.PORT_I8042_DATA, 1, i8042.data, "i8042 data")
     pio.add(layout.PORT_I8042_COMMAND, 1, i8042.command, "i8042 command")
-    pio.add(layout.PORT_CMOS_INDEX, 2, RtcCmos(time.time), "rtc")
     pio.add(layout.PORT_PVPANIC, 1, Pvpanic(on_panic), "pvpanic")
     pio.add(layout.PORT_ACPI, layout.PORT_ACPI_BYTES, power, "acpi")
-    return Platform(pio=pio, mmio=Bus(), serial=serial, power=power)
+    return Platform(pio=pio, mmio=Bus(), serial=serial, rtc=rtc, power=power)

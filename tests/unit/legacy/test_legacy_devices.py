@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import calendar
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,19 +15,33 @@ from avmm.legacy.acpi_pm import AcpiPm
 from avmm.legacy.i8042 import I8042
 from avmm.legacy.pvpanic import Pvpanic
 from avmm.legacy.rtc_cmos import RtcCmos
+from avmm.native import lib
 
 NOON = calendar.timegm((2026, 11, 24, 15, 7, 9))  # a Tuesday
 MIDNIGHT = calendar.timegm((1999, 12, 31, 0, 59, 59))
 
 
-def cmos(rtc: RtcCmos, number: int) -> int:
-    rtc.write(0, 1, number)
-    return rtc.read(1, 1)
+class Clock:
+    """The clock at a moment."""
+
+    def __init__(self, rtc: RtcCmos, now: int) -> None:
+        self.native = rtc.native
+        self.now = now
+
+    def __getitem__(self, number: int) -> int:
+        lib.av_rtc_write(self.native, 0, number)
+        return lib.av_rtc_read(self.native, 1, self.now)
+
+    def __setitem__(self, number: int, value: int) -> None:
+        lib.av_rtc_write(self.native, 0, number)
+        lib.av_rtc_write(self.native, 1, value)
 
 
-def set_cmos(rtc: RtcCmos, number: int, value: int) -> None:
-    rtc.write(0, 1, number)
-    rtc.write(1, 1, value)
+@pytest.fixture
+def rtc() -> Iterator[RtcCmos]:
+    rtc = RtcCmos()
+    yield rtc
+    rtc.close()
 
 
 def performed(deferred: Deferred | None) -> None:
@@ -34,31 +49,35 @@ def performed(deferred: Deferred | None) -> None:
     deferred.action()
 
 
-def test_the_clock_is_right_in_bcd_with_24_hours() -> None:
-    rtc = RtcCmos(lambda: NOON)
-    fields = [cmos(rtc, n) for n in (0x32, 0x09, 0x08, 0x07, 0x06, 0x04, 0x02, 0x00)]
+def test_the_clock_is_right_in_bcd_with_24_hours(rtc: RtcCmos) -> None:
+    clock = Clock(rtc, NOON)
+    fields = [clock[n] for n in (0x32, 0x09, 0x08, 0x07, 0x06, 0x04, 0x02, 0x00)]
     assert fields == [0x20, 0x26, 0x11, 0x24, 3, 0x15, 0x07, 0x09]
 
 
-def test_the_clock_is_right_in_binary_with_12_hours() -> None:
-    rtc = RtcCmos(lambda: NOON)
-    set_cmos(rtc, 0x0B, 0x04)
-    assert [cmos(rtc, n) for n in (0x32, 0x09, 0x04)] == [20, 26, 0x83]
-    rtc = RtcCmos(lambda: MIDNIGHT)
-    set_cmos(rtc, 0x0B, 0x00)
-    assert [cmos(rtc, n) for n in (0x32, 0x04, 0x02)] == [0x19, 0x12, 0x59]
+def test_the_clock_is_right_in_binary_with_12_hours(rtc: RtcCmos) -> None:
+    clock = Clock(rtc, NOON)
+    clock[0x0B] = 0x04
+    assert [clock[n] for n in (0x32, 0x09, 0x04)] == [20, 26, 0x83]
+    clock = Clock(rtc, MIDNIGHT)
+    clock[0x0B] = 0x00
+    assert [clock[n] for n in (0x32, 0x04, 0x02)] == [0x19, 0x12, 0x59]
 
 
-def test_the_clock_is_valid_never_updating_and_keeps_other_cells() -> None:
-    rtc = RtcCmos(lambda: NOON)
-    assert cmos(rtc, 0x0A) & 0x80 == 0
-    assert cmos(rtc, 0x0D) == 0x80
-    set_cmos(rtc, 0x0D, 0)
-    assert cmos(rtc, 0x0D) == 0x80
-    set_cmos(rtc, 0x40 | 0x80, 0x123)
-    assert cmos(rtc, 0x40) == 0x23
-    set_cmos(rtc, 0x00, 0x55)
-    assert cmos(rtc, 0x00) == 0x09
+def test_the_clock_is_valid_never_updating_and_keeps_other_cells(rtc: RtcCmos) -> None:
+    clock = Clock(rtc, NOON)
+    assert clock[0x0A] & 0x80 == 0
+    clock[0x0D] = 0
+    assert clock[0x0D] == 0x80
+    clock[0x40 | 0x80] = 0x23
+    assert clock[0x40] == 0x23
+    clock[0x00] = 0x55
+    assert clock[0x00] == 0x09
+    assert lib.av_rtc_read(rtc.native, 0, NOON) == 0xFF, "the index is not read, as on a PC"
+
+
+def test_a_host_clock_beyond_reason_reads_as_ones(rtc: RtcCmos) -> None:
+    assert Clock(rtc, 2**63 - 1)[0x00] == 0xFF
 
 
 def test_the_keyboard_controller_resets_and_passes_its_self_test() -> None:

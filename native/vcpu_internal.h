@@ -1,0 +1,37 @@
+/* Inside of struct av_vcpu, for vcpu.c and vcpu_access.c. */
+#ifndef AV_VCPU_INTERNAL_H
+#define AV_VCPU_INTERNAL_H
+
+#include <linux/kvm.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <sys/types.h>
+
+#include "dispatch.h"
+#include "vcpu.h"
+
+/* What the last exit still owes the kernel when av_vcpu_run() is called again. */
+enum pending { PENDING_NONE, PENDING_PIO, PENDING_MMIO };
+
+struct av_vcpu {
+    struct kvm_run *run;
+    size_t run_bytes;
+    int fd;
+    struct av_dispatch *dispatch;
+    atomic_bool kicked;
+    atomic_bool in_run;
+    _Atomic pid_t tid;
+    enum pending pending;
+    uint32_t pio_done; /* elements of the current string access already answered */
+    uint64_t left_ns;  /* when av_vcpu_run() last returned; 0: never */
+    struct av_vcpu_stats stats;
+};
+
+/* Where the next element of a port access is. */
+uint8_t *av_vcpu_pio_data(struct av_vcpu *vcpu);
+/* The elements of a port access that are left; true when Python has to see the next. */
+bool av_vcpu_pio_go_on(struct av_vcpu *vcpu, struct av_exit *out);
+/* A memory access outside RAM; true when Python has to see it. */
+bool av_vcpu_mmio_exit(struct av_vcpu *vcpu, struct av_exit *out);
+
+#endif
