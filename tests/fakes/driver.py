@@ -20,6 +20,10 @@ class VirtioDriver(ABC):
         self.negotiated = 0
 
     @abstractmethod
+    async def probe(self) -> None:
+        """Find the registers."""
+
+    @abstractmethod
     def status(self) -> int:
         """Read the status field."""
 

@@ -25,12 +25,15 @@ class FakeMessages:
     routes: dict[int, tuple[int, int]] = field(default_factory=dict)
     connected: dict[int, int] = field(default_factory=dict)
     gsis: int = 24
+    refuse: bool = False
 
     def new_gsi(self) -> int:
         self.gsis += 1
         return self.gsis - 1
 
     def route(self, gsi: int, address: int, data: int) -> None:
+        if self.refuse:
+            raise HostError("ioctl", op="KVM_SET_GSI_ROUTING", errno=errno.EINVAL)
         self.routes[gsi] = (address, data)
 
     def connect(self, event_fd: int, gsi: int) -> None:

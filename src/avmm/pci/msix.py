@@ -11,6 +11,7 @@ from typing import Protocol
 
 from avmm.bus.region import Call
 from avmm.bus.registers import Registers
+from avmm.errors import HostError
 from avmm.pci.function import Bar, Function
 
 CAPABILITY_ID = 0x11
@@ -181,12 +182,20 @@ class Msix:
             self._disconnect(vector)
             return
         address, data = self.table.get(at, 8), self.table.get(at + ENTRY_DATA, 4)
-        if address & _INTERRUPT_ADDRESS_MASK != _INTERRUPT_ADDRESS:
+        if self._route(vector, address, data):
+            self._connect(vector)
+        else:
             self._disconnect(vector)
             self.on_refused()
-            return
-        self._messages.route(vector.gsi, address, data)
-        self._connect(vector)
+
+    def _route(self, vector: _Vector, address: int, data: int) -> bool:
+        if address & _INTERRUPT_ADDRESS_MASK != _INTERRUPT_ADDRESS:
+            return False
+        try:
+            self._messages.route(vector.gsi, address, data)
+        except HostError:  # a message KVM does not know how to send is the guest's mistake
+            return False
+        return True
 
     def _connect(self, vector: _Vector) -> None:
         if vector.connected:

@@ -195,6 +195,19 @@ async def test_an_address_that_is_no_interrupts_sends_nothing(bench: Bench, addr
     assert bench.raised(0) == (ADDRESS, 0x30)
 
 
+async def test_a_message_that_kvm_refuses_sends_nothing(bench: Bench) -> None:
+    await bench.control(CONTROL_ENABLE)
+    await bench.entry(0)
+    bench.messages.refuse = True
+    await bench.entry(0, ADDRESS + 0x8000)
+    assert bench.messages.connected == {}
+    assert bench.refused
+    bench.messages.refuse = False
+    await bench.entry(0, masked=True)
+    await bench.mask(0, False)
+    assert bench.raised(0) == (ADDRESS, 0x30)
+
+
 async def test_what_lies_past_the_table_is_nothing(bench: Bench) -> None:
     await bench.control(CONTROL_ENABLE)
     end = LOW.gpa + TABLE + ENTRY_BYTES * VECTORS

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
 from avmm.virtio.devices.rng import Rng, build
 from fakes.driver_queue import Segment
 from fakes.mmio_driver import settle
+from fakes.pci_driver import pci_rig
 from fakes.virtio_rig import DATA_GPA, virtio_rig
 
+Rigged = Callable[..., Any]
 
-async def test_fills_the_buffers_of_the_driver() -> None:
-    async with virtio_rig(lambda context: build(Rng(), context)) as rig:
+pytestmark = pytest.mark.parametrize("rigged", [virtio_rig, pci_rig], ids=["mmio", "pci"])
+
+
+async def test_fills_the_buffers_of_the_driver(rigged: Rigged) -> None:
+    async with rigged(lambda context: build(Rng(), context)) as rig:
         await rig.driver.start()
         queue = rig.driver.queues[0]
         head = queue.offer(
@@ -22,16 +32,16 @@ async def test_fills_the_buffers_of_the_driver() -> None:
         assert rig.memory.read(DATA_GPA + 100, 900) == bytes(900)
 
 
-async def test_works_without_event_idx_and_indirect() -> None:
-    async with virtio_rig(lambda context: build(Rng(), context)) as rig:
+async def test_works_without_event_idx_and_indirect(rigged: Rigged) -> None:
+    async with rigged(lambda context: build(Rng(), context)) as rig:
         await rig.driver.start(features=1 << 32)
         head = rig.driver.queues[0].offer(Segment(DATA_GPA, 64, writable=True))
         rig.driver.kick(0)
         assert await rig.driver.used(0) == [(head, 64)]
 
 
-async def test_a_queue_full_of_buffers_comes_back_with_one_kick() -> None:
-    async with virtio_rig(lambda context: build(Rng(), context)) as rig:
+async def test_a_queue_full_of_buffers_comes_back_with_one_kick(rigged: Rigged) -> None:
+    async with rigged(lambda context: build(Rng(), context)) as rig:
         await rig.driver.start(size=16)
         queue = rig.driver.queues[0]
         for at in range(16):
@@ -42,9 +52,10 @@ async def test_a_queue_full_of_buffers_comes_back_with_one_kick() -> None:
         assert all(0 < written <= 0x2000 for _, written in used)
 
 
-async def test_chains_offered_before_driver_ok_wait_for_it() -> None:
-    async with virtio_rig(lambda context: build(Rng(), context)) as rig:
+async def test_chains_offered_before_driver_ok_wait_for_it(rigged: Rigged) -> None:
+    async with rigged(lambda context: build(Rng(), context)) as rig:
         driver = rig.driver
+        await driver.probe()
         assert await driver.negotiate(await driver.read_features())
         await settle()
         driver.kick(0)
