@@ -147,7 +147,8 @@ class Guests:
         words.append("avmm.cmd=" + base64.b64encode((script or "true").encode()).decode())
         cmdline = " ".join(word for word in words if word)
         assert len(cmdline) < CMDLINE_MAX - 200, "the script is too long for a command line"
-        options = {"memory": "256M"} | options
+        transport = os.environ.get("AVMM_TRANSPORT", "pci")
+        options = {"memory": "256M", "transport": transport} | options
         return avmm.Config(
             kernel=str(self.assets.kernel(flavour, image)),
             initrd=str(self.assets.initrd(flavour)),

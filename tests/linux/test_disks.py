@@ -53,9 +53,11 @@ async def test_root_file_system_is_used_and_left_clean(guests: Guests, root_disk
     assert read_from_ext4(root_disk, "/made/sum").split()[0].decode() == sha256(data)
 
 
-@pytest.mark.parametrize(("engine", "ring"), [("io_uring", "packed"), ("threads", "split")])
+@pytest.mark.parametrize(
+    ("engine", "ring", "transport"), [("io_uring", "packed", "pci"), ("threads", "split", "mmio")]
+)
 async def test_data_is_the_same_on_both_sides(
-    guests: Guests, tmp_path: Path, engine: str, ring: str
+    guests: Guests, tmp_path: Path, engine: str, ring: str, transport: str
 ) -> None:
     written, given, holed = (tmp_path / name for name in ("written", "given", "holed"))
     with written.open("wb") as file:
@@ -68,7 +70,8 @@ async def test_data_is_the_same_on_both_sides(
         Disk(str(given), read_only=True, engine=engine),
         Disk(str(holed), engine=engine),
     ]
-    guest = await guests.boot(DATA, disks=disks, cpus=2, memory="512M", ring=ring)
+    shape = {"cpus": 2, "memory": "512M", "ring": ring, "transport": transport}
+    guest = await guests.boot(DATA, disks=disks, **shape)
     assert guest.fact("packed") == str(int(ring == "packed"))
 
     sectors = [size // 512 for size in (DATA_BYTES, DATA_BYTES, 16 * MIB)]

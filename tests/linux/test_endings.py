@@ -22,8 +22,10 @@ async def test_poweroff_by_the_guest(guests: Guests) -> None:
 
 
 @pytest.mark.both_loops
-async def test_reboot_by_the_guest(guests: Guests) -> None:
-    assert (await guests.boot(end="reboot")).kind is ExitKind.REBOOT
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+async def test_reboot_by_the_guest(guests: Guests, transport: str) -> None:
+    guest = await guests.boot(end="reboot", transport=transport, rng=True)
+    assert guest.kind is ExitKind.REBOOT
 
 
 async def test_kernel_panic_is_a_crash(guests: Guests) -> None:

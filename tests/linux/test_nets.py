@@ -1,4 +1,5 @@
-"""Networks: ping, bulk TCP, what the guest's NIC looks like, two microVMs at once."""
+"""Networks: ping, bulk TCP, what the guest's NIC looks like, two microVMs at once, one of them on
+virtio-mmio."""
 
 from __future__ import annotations
 
@@ -82,6 +83,7 @@ async def test_two_microvms_at_once_each_on_its_own_disk_and_net(
             disks=[Disk(str(disk))],
             nets=[Tap(f"avmmt{index}", host=f"{host}/24", guest=f"{net}.2", mtu=1400 + index)],
             append="root=/dev/vda",
+            transport=("pci", "mmio")[index],
         ) as guest:
             await guest.says("READY")
             await both_up.wait()

@@ -25,11 +25,11 @@ ping -c 2 -W 10 {HOST} >/dev/null && echo "FACT ping ok"
 head -c 64 /dev/hwrng >/dev/null
 for name in $(awk '/PCI-MSI/ {{ print $NF }}' /proc/interrupts); do echo "FACT vector $name"; done
 echo "FACT disk $(count virtio0-req.0)"
-echo 2 >/proc/irq/$(vector virtio0-req.0)/smp_affinity && echo "FACT moved yes"
-echo 3 >/proc/sys/vm/drop_caches
-before=$(count virtio0-req.0)
-echo "FACT sum $(sum)"
-echo "FACT more $(($(count virtio0-req.0) - before))"
+for cpu in 2 1 2; do echo $cpu >/proc/irq/$(vector virtio1-input.0)/smp_affinity; done
+before=$(count virtio1-input.0)
+ping -c 2 -W 10 {HOST} >/dev/null
+echo "FACT moved $(cat /proc/irq/$(vector virtio1-input.0)/effective_affinity)"
+echo "FACT more $(($(count virtio1-input.0) - before))"
 cd /sys/bus/pci
 echo 0000:00:01.0 >drivers/virtio-pci/unbind
 [ ! -e /dev/vda ] && echo "FACT gone yes"
@@ -38,7 +38,7 @@ echo "FACT sum $(sum)"
 echo 1 >devices/0000:00:01.0/remove
 echo 1 >rescan
 echo "FACT sum $(sum)"
-dmesg | grep -iE "(pci|virtio).*(can't|fail|conflict|no space|not claimed|broken|timeout|bug)" |
+dmesg | grep -iE "(pci|virtio).*(can't|fail|conflict|no space|not claimed|broken|timeout)" |
     while read -r line; do echo "FACT complaint $line"; done
 """
 
@@ -73,10 +73,11 @@ async def test_each_queue_has_its_vector_wherever_the_driver_goes(
     assert guest.facts("function") == FUNCTIONS
     assert set(guest.facts("vector")) >= VECTORS
     assert guest.fact("ping") == "ok"
-    assert guest.fact("moved") == guest.fact("gone") == "yes"
+    assert guest.fact("gone") == "yes"
+    assert int(guest.fact("moved"), 16) == 2
     assert int(guest.fact("disk")) > 0
     assert int(guest.fact("more")) > 0
-    assert len(guest.facts("sum")) == 4
+    assert len(guest.facts("sum")) == 3
     assert len(set(guest.facts("sum"))) == 1
     assert guest.facts("complaint") == []
     statistics = guest.vm.statistics()
