@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from avmm.bench.back_end import BackEnd
-from avmm.bench.front_end import FrontEnd
+from avmm.bench.front_end import F_EVENT_IDX, F_INDIRECT_DESC, FrontEnd
 from avmm.bench.record import Costs
 from avmm.errors import HostError
 from avmm.native import CData, ffi, lib
@@ -79,15 +79,18 @@ def run_blk(
     seconds: float = 0.0,
     requests: int = 0,
     verify: bool = False,
+    features: int = F_EVENT_IDX | F_INDIRECT_DESC,
 ) -> Run:
-    """Over a connection of its own. seconds, requests: see native/load.h.
+    """Over a connection of its own. seconds, requests: see native/load.h. features: as FrontEnd's.
 
     Raises HostError("back-end") when the device fails a request or returns wrong data.
     """
     out = ffi.new("struct av_load_result *")
     load, blk = work.native_load(), work.native_blk(span_bytes, verify=verify)
     load.duration_ns, load.requests = int(seconds * 1e9), requests
-    with FrontEnd(back_end.path, queues=work.queues, data_bytes=work.room_bytes) as front:
+    with FrontEnd(
+        back_end.path, queues=work.queues, features=features, data_bytes=work.room_bytes
+    ) as front:
         load.data_gpa, load.data_bytes = front.data_gpa, front.data_bytes
         drivers = ffi.new("struct av_vdriver *[]", front.drivers)
         cpu_s = back_end.cpu_s()
