@@ -34,6 +34,7 @@ FILE_BYTES = 4 * MIB
 SCRIPT = f"""
 set -e
 test "$(cat /sys/block/vda/serial)" = served
+test "$(ls /sys/block/vda/mq | wc -l)" = 2
 head -c {FILE_BYTES} /dev/urandom >/run/a
 sum() {{ sha256sum | cut -d ' ' -f 1; }}
 mount -t ext4 /dev/vda /mnt
@@ -139,7 +140,7 @@ def qemu(assets: Assets, blk: str, net: str) -> list[str]:
         "-kernel", str(assets.kernel("cloud", "vmlinux")),
         "-initrd", str(assets.initrd("cloud")), "-append", cmdline, "-serial", "stdio",
         "-chardev", f"socket,id=blk,path={blk},reconnect=1",
-        "-device", "vhost-user-blk-pci,chardev=blk,num-queues=1",
+        "-device", "vhost-user-blk-pci,chardev=blk,num-queues=2",
         # Without KVM, QEMU 7.2 follows a null pointer when a NIC of vhost-user has MSI-X.
         "-chardev", f"socket,id=net,path={net}", "-netdev", "vhost-user,id=net,chardev=net",
         "-device", "virtio-net-pci,netdev=net,vectors=0",
@@ -155,7 +156,10 @@ def test_a_qemu_guest_uses_our_disk_and_our_nic(tmp_path: Path, namespace: str) 
     served.mkdir()
     sent = random_file(served / "sent", FILE_BYTES)
     blk, net = f"{tmp_path}/blk", f"{tmp_path}/net"
-    blk_server = ("blk", "--socket", blk, "--disk", str(disk), "--serial", "served")
+    blk_server = (
+        *("blk", "--socket", blk, "--disk", str(disk)),
+        *("--serial", "served", "--num-queues", "2", "--io-threads", "2"),
+    )
 
     async def run() -> Guest:
         async with AsyncExitStack() as stack, asyncio.timeout(BOOT_LIMIT_S):

@@ -31,6 +31,7 @@ Exit status: 0 ended by a signal, 1 the host failed, 2 bad input.
 """
 
 _MAIN_OPTION = {"path": ("--disk", "FILE"), "name": ("--tap", "NAME")}
+_OPTION = {"queues": "--num-queues"}
 _NOT_OURS = frozenset({"id", "home", "guest", "mac", "vhost"})
 """Fields that mean something to our own guests only: a front-end has its own MAC address, and the
 queues go to --io-threads."""
@@ -74,7 +75,7 @@ def _add_field(parser: argparse.ArgumentParser, struct: type[Disk | Tap], name: 
         flag, metavar = _MAIN_OPTION[name]
         parser.add_argument(flag, dest=name, required=True, metavar=metavar, help=text)
         return
-    flag = f"--{name.replace('_', '-')}"
+    flag = _OPTION.get(name, f"--{name.replace('_', '-')}")
     if hint is bool:
         parser.add_argument(flag, dest=name, action="store_true", default=None, help=text)
     elif get_origin(hint) is Literal:

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Self
 
-from avmm.errors import BugError, GuestFault, HostError
+from avmm.errors import BugError, ConfigError, GuestFault, HostError
 from avmm.machine.config import check_io
 from avmm.machine.eventfd import owned_eventfd
 from avmm.machine.lifecycle import uninterrupted
@@ -66,6 +66,8 @@ class VhostUserServer:
         io_poll_us: int = 50,
         require_seals: bool = False,
     ) -> None:
+        if isinstance(config, Tap) and config.vhost:
+            raise ConfigError("vhost", f"Net {config.name}: vhost=on is for our own guests")
         self.id = config.id or config.device_type.name
         check_io(io_threads, io_poll_us, [(self.id, config)])
         self.config = config
@@ -124,6 +126,8 @@ class VhostUserServer:
             loop=loop,
             stack=self._stack,
             on_error=self._on_error,
+            # Nobody says how many the guest has; front-ends may leave queues unused.
+            cpus=len(os.sched_getaffinity(0)),
         )
         self._device = await self.config.device_type.build(self.config, context)
         config_fd = owned_eventfd(self._stack)
@@ -151,7 +155,7 @@ class VhostUserServer:
         self._transport = VhostUserTransport(self._device, self._memory)
         log.info("%s: a front-end has connected", self.id)
         try:
-            await Session(self._transport, channel, self._queue_number()).serve()
+            await Session(self._transport, channel).serve()
             log.info("%s: the front-end has closed the connection", self.id)
         except (GuestFault, HostError) as e:
             log.warning("%s: the connection is closed: %s", self.id, e)
@@ -165,11 +169,6 @@ class VhostUserServer:
         finally:
             self._transport = None
             channel.close()
-
-    def _queue_number(self) -> int:
-        """Of a NIC in pairs of queues, as its front-ends count them."""
-        queues = len(self._device.queues)
-        return queues // 2 if isinstance(self.config, Tap) else queues
 
     def _config_event(self, config_fd: int) -> None:
         with contextlib.suppress(BlockingIOError):

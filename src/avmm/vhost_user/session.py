@@ -28,28 +28,15 @@ from avmm.virtio.interrupt import NO_FD
 
 log = logging.getLogger(__name__)
 
-PROTOCOL_FEATURES = (
-    ProtocolFeature.MQ
-    | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.CONFIG
-    | ProtocolFeature.RESET_DEVICE
-)
-"""STATUS is not among them: QEMU clears the status whenever it stops the rings, be it for a pause
-of its guest, and that would take back the cache mode which the guest has chosen."""
-
 Handler = Callable[[Any, list[int]], Awaitable[bytes | None]]
 
 
 class Session:
-    """Serves one channel until the front-end closes it. Loop.
+    """Serves one channel until the front-end closes it. Loop."""
 
-    queue_number: what GET_QUEUE_NUM answers, in the unit of the device's kind.
-    """
-
-    def __init__(self, transport: VhostUserTransport, channel: Channel, queue_number: int) -> None:
+    def __init__(self, transport: VhostUserTransport, channel: Channel) -> None:
         self._transport = transport
         self._channel = channel
-        self._queue_number = queue_number
         self._id = transport.device.context.id
         self._protocol_features = ProtocolFeature(0)
         self._handlers: dict[Request, Handler] = {
@@ -166,18 +153,18 @@ class Session:
         vring.set_error(fds.pop() if fds else NO_FD)
 
     async def _get_protocol_features(self, payload: None, fds: list[int]) -> bytes:
-        return message.u64(PROTOCOL_FEATURES)
+        return message.u64(self._transport.profile.protocol)
 
     async def _set_protocol_features(self, payload: U64, fds: list[int]) -> None:
-        if payload.value & ~PROTOCOL_FEATURES:
+        offered = self._transport.profile.protocol
+        if payload.value & ~offered:
             raise GuestFault(
-                "front-end",
-                f"Protocol features {payload.value:#x}; offered are {PROTOCOL_FEATURES:#x}",
+                "front-end", f"Protocol features {payload.value:#x}; offered are {offered:#x}"
             )
         self._protocol_features = ProtocolFeature(payload.value)
 
     async def _get_queue_num(self, payload: None, fds: list[int]) -> bytes:
-        return message.u64(self._queue_number)
+        return message.u64(self._transport.queue_number)
 
     async def _set_vring_enable(self, payload: VringState, fds: list[int]) -> None:
         vring = self._transport.vring(payload.index)

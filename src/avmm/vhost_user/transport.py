@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from avmm.errors import GuestFault
 from avmm.vhost_user.memory import FrontEndMemory
 from avmm.vhost_user.message import F_PROTOCOL_FEATURES, MemoryTable, VringAddresses
+from avmm.vhost_user.profile import profile_of
 from avmm.vhost_user.vring import Vring
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.interrupt import NO_FD
@@ -28,13 +29,20 @@ class VhostUserTransport:
     def __init__(self, device: VirtioDevice, memory: FrontEndMemory) -> None:
         self.device = device
         self.memory = memory
-        self.vrings = [Vring(queue) for queue in device.queues]
+        self.profile = profile_of(device.device_type)
+        rings = len(device.queues) - self.profile.own_rings
+        self.vrings = [Vring(queue) for queue in device.queues[:rings]]
         self._features = 0
 
     @property
     def offered(self) -> int:
         """Feature bits, the protocol's own among them."""
-        return self.device.state.offered | F_PROTOCOL_FEATURES
+        return self.device.state.offered & ~self.profile.hidden | F_PROTOCOL_FEATURES
+
+    @property
+    def queue_number(self) -> int:
+        """How many queues there are, as front-ends count them."""
+        return len(self.vrings) // self.profile.rings_a_queue
 
     def vring(self, index: int) -> Vring:
         """The ring of that index."""

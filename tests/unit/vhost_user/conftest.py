@@ -14,12 +14,12 @@ from avmm.units import MIB
 from avmm.vhost_user.server import VhostUserServer
 from avmm.virtio.devices.blk import Disk
 
-DISK_BYTES = 4 * MIB
+DISK_BYTES = MIB
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """With both layouts of rings, where it is the rings that matter."""
-    if Path(metafunc.module.__file__).stem in ("test_blk", "test_inflight"):
+    if Path(metafunc.module.__file__).stem in ("test_blk", "test_inflight", "test_net"):
         metafunc.parametrize("_ring", ["split", "packed"], indirect=True)
 
 

@@ -12,6 +12,7 @@ from avmm.units import KIB
 from avmm.vhost_user.message import Request
 from avmm.vhost_user.server import VhostUserServer
 from avmm.virtio import features
+from avmm.virtio.devices.blk import Disk
 from fakes.blk_driver import FLUSH, GET_ID, IN, OK, OUT, BlkDriver
 from fakes.driver_queue import driver_queue
 from fakes.front_end import UVA, front_end, state, u64
@@ -217,3 +218,20 @@ async def test_a_broken_ring_is_announced_and_starts_anew(server: VhostUserServe
         end.queues[0] = driver_queue(end.memory, end.queues[0].desc_gpa, 64, end.negotiated)
         await end.start_ring(0)
         assert (await BlkDriver(end).request(IN, read_bytes=512))[0] == OK
+
+
+async def test_queues_do_not_wait_for_each_other(image: Path, socket_path: str) -> None:
+    disk = Disk(str(image), queues=3)
+    async with (
+        VhostUserServer(disk, socket_path, io_threads=2) as server,
+        front_end(server.socket_path) as end,
+    ):
+        await end.start(3)
+        assert await end.ask_u64(Request.GET_QUEUE_NUM) == 3
+        assert end.negotiated & features.BLK_MQ
+        blk = BlkDriver(end)
+        for queue in range(3):
+            assert (await blk.request(IN, read_bytes=512, queue=queue))[0] == OK
+        await end.stop_ring(1)
+        for queue in (0, 2):
+            assert (await blk.request(IN, read_bytes=512, queue=queue))[0] == OK

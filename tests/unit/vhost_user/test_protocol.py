@@ -5,19 +5,27 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
 from avmm.vhost_user.message import PAYLOAD_BYTES_MAX, Request
 from avmm.vhost_user.server import VhostUserServer
 from avmm.virtio import features
+from avmm.virtio.devices.blk import Disk
 from fakes.blk_driver import IN, OK, BlkDriver
 from fakes.front_end import MEMORY_BYTES, UVA, FrontEnd, front_end, memory_table, state, u64
 from fakes.mmio_driver import eventually
 from linux.holdings import Holdings
 
 ADDRESSES = struct.Struct("<IIQQQQ")
+
+
+@pytest.fixture
+async def server(image: Path, socket_path: str) -> AsyncIterator[VhostUserServer]:
+    async with VhostUserServer(Disk(str(image)), socket_path) as server:
+        yield server
 
 
 async def serves(server: VhostUserServer) -> None:

@@ -18,6 +18,7 @@ from avmm.cli.main import main
 from avmm.errors import ConfigError, HostError
 from avmm.vhost_user.server import VhostUserServer
 from avmm.virtio.devices.blk import Disk
+from avmm.virtio.devices.net import Tap
 from fakes.blk_driver import IN, OK, BlkDriver
 from fakes.front_end import front_end
 from linux.holdings import Holdings
@@ -107,6 +108,11 @@ async def test_a_disk_that_cannot_be_opened_leaves_nothing(socket_path: str) -> 
 def test_numbers_out_of_range(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
         VhostUserServer(Disk("x"), "s", **options)  # type: ignore[arg-type]
+
+
+def test_the_kernels_vhost_is_for_our_own_guests() -> None:
+    with pytest.raises(ConfigError, match="own guests"):
+        VhostUserServer(Tap("tap0", vhost=True), "s")
 
 
 async def test_what_fails_on_the_host_ends_the_wait(image: Path, socket_path: str) -> None:

@@ -66,7 +66,7 @@ _TUN_OFFLOADS = {
     features.NET_GUEST_USO4: host_tap.OFFLOAD_USO4,
     features.NET_GUEST_USO6: host_tap.OFFLOAD_USO6,
 }
-_CONTROL = (
+CONTROL_FEATURES = (
     features.NET_CTRL_VQ
     | features.NET_CTRL_RX
     | features.NET_CTRL_RX_EXTRA
@@ -75,6 +75,7 @@ _CONTROL = (
     | features.NET_CTRL_GUEST_OFFLOADS
     | features.NET_GUEST_ANNOUNCE
 )
+"""What the control queue is for."""
 
 
 class Tap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,7 +127,7 @@ class NetDevice(VirtioDevice):
 
     def __init__(self, config: Tap, tap: HostTap, context: DeviceContext) -> None:
         offered = features.NET_MAC | features.NET_STATUS | features.NET_MRG_RXBUF
-        offered |= _HOST_OFFLOADS | _GUEST_OFFLOADS | _CONTROL
+        offered |= _HOST_OFFLOADS | _GUEST_OFFLOADS | CONTROL_FEATURES
         if tap.uso:
             offered |= features.NET_HOST_USO | _GUEST_USO
         if config.mtu is not None:
