@@ -6,13 +6,25 @@ import contextlib
 import os
 from dataclasses import dataclass
 
-from avmm.errors import GuestFault, HostError
+from avmm.errors import ConfigError, GuestFault, HostError
 from avmm.mem.guest import GuestMemory
 from avmm.native import CData, ffi, lib
 from avmm.virtio.features import RING_PACKED
 from avmm.virtio.interrupt import Interrupt
 
 NO_FAULT = "none"
+
+SIZE_MIN, SIZE_MAX = 16, 1024
+"""Of a queue that moves data."""
+
+
+def check_queue_size(size: int, what: str) -> None:
+    """Raises ConfigError("queue-size") unless every driver can use a ring of that size."""
+    if not SIZE_MIN <= size <= SIZE_MAX or size & (size - 1):
+        raise ConfigError(
+            "queue-size",
+            f"{what}: queue_size={size} is not a power of two from {SIZE_MIN} to {SIZE_MAX}",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,7 @@ def test_there_are_as_many_slots_as_the_transport_has(transport: str, room: int)
         ({"name": "t", "mac": "52:54"}, "not a MAC"),
         ({"name": "t", "mtu": 12}, "mtu=12"),
         ({"name": "t", "queues": 0}, "queues=0 is not in 1 to 64"),
+        ({"name": "t", "queue_size": 100}, "queue_size=100 is not a power of two"),
     ],
 )
 def test_bad_nics_are_refused(tap: dict[str, Any], message: str) -> None:

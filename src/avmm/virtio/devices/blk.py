@@ -16,10 +16,9 @@ from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import Home, HomeChoice
-from avmm.virtio.queue import Queue
+from avmm.virtio.queue import SIZE_MAX, SIZE_MIN, Queue, check_queue_size
 
 QUEUES_MAX = 16
-QUEUE_SIZE_MIN, QUEUE_SIZE_MAX = 16, 1024
 SEG_MAX = 126
 ID_BYTES = 20
 _RANGES_MAX = 32
@@ -55,8 +54,7 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queue_size: Annotated[
         int,
         msgspec.Meta(
-            description="requests that a queue holds, a power of two "
-            f"from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}"
+            description=f"requests that a queue holds, a power of two from {SIZE_MIN} to {SIZE_MAX}"
         ),
     ] = 256
     home: HomeChoice = "auto"
@@ -74,13 +72,7 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 "disk", f"Disk {self.path}: queues={self.queues} is not in 1 to {QUEUES_MAX}"
             )
-        size = self.queue_size
-        if not QUEUE_SIZE_MIN <= size <= QUEUE_SIZE_MAX or size & (size - 1):
-            raise ConfigError(
-                "disk",
-                f"Disk {self.path}: queue_size={size} is not a power of two "
-                f"from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}",
-            )
+        check_queue_size(self.queue_size, f"Disk {self.path}")
 
 
 class BlkDevice(VirtioDevice):

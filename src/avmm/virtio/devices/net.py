@@ -38,11 +38,11 @@ from avmm.virtio.devices.net_pairs import NativePairs, Pairs
 from avmm.virtio.devices.net_vhost import VhostPairs
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import HomeChoice
+from avmm.virtio.queue import SIZE_MAX, SIZE_MIN, check_queue_size
 
 log = logging.getLogger(__name__)
 
 RX, TX = 0, 1
-QUEUE_SIZE = 256
 CONTROL_QUEUE_SIZE = 64
 PAIRS_DEFAULT_MAX = 8
 PAIRS_MAX = 64
@@ -99,6 +99,12 @@ class Tap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             f"one a vCPU and thread that serves them, up to {PAIRS_DEFAULT_MAX}"
         ),
     ] = None
+    queue_size: Annotated[
+        int,
+        msgspec.Meta(
+            description=f"packets that a queue holds, a power of two from {SIZE_MIN} to {SIZE_MAX}"
+        ),
+    ] = 256
     vhost: Annotated[
         bool, msgspec.Meta(description="packets are moved by the kernel's vhost-net")
     ] = False
@@ -120,6 +126,7 @@ class Tap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             check_mtu(self.mtu, what)
         if self.queues is not None and not 1 <= self.queues <= PAIRS_MAX:
             raise ConfigError("queues", f"{what}: queues={self.queues} is not in 1 to {PAIRS_MAX}")
+        check_queue_size(self.queue_size, what)
 
 
 class NetDevice(VirtioDevice):
@@ -135,7 +142,7 @@ class NetDevice(VirtioDevice):
         self._pairs_max = len(tap.fds)
         if self._pairs_max > 1:
             offered |= features.NET_MQ
-        sizes = (QUEUE_SIZE,) * (2 * self._pairs_max) + (CONTROL_QUEUE_SIZE,)
+        sizes = (config.queue_size,) * (2 * self._pairs_max) + (CONTROL_QUEUE_SIZE,)
         super().__init__(NET, context, offered=offered, queue_sizes=sizes)
         self.tap = tap
         self._own_mac = parse_mac(config.mac, f"Net {tap.name}") if config.mac else _random_mac()
