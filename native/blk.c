@@ -5,8 +5,7 @@
 #include <sys/epoll.h>
 
 #define KICK 0u /* source number */
-/* When to show the driver what is done: it works on that while we go on, and a driver that sleeps
- * takes longer to wake than we need for a few more. */
+/* How much is done before the driver sees it: it works on that while we go on. */
 #define SHOW_REQUESTS 8u
 #define SHOW_BYTES (64u << 10)
 /* What one run moves at most by itself, about 100 us of copying. */
@@ -46,11 +45,16 @@ static int take(struct av_blk *blk)
     return 1;
 }
 
-static void show(struct av_blk *blk)
+/* Show the driver what is done. A driver that sleeps takes longer to wake than we need for a few
+ * more requests, so it is woken by the first ones of a run; and by the last, if it sleeps then. */
+static void show(struct av_blk *blk, bool wake)
 {
     blk->unseen = 0;
     blk->unseen_bytes = 0;
-    av_vring_flush(blk->ring);
+    if (wake)
+        av_vring_flush(blk->ring);
+    else
+        av_vring_show(blk->ring);
 }
 
 /* Take and start up to a device's depth of requests; 1 when the ring may hold more. */
@@ -64,8 +68,10 @@ static int serve(struct av_blk *blk)
     while ((result = take(blk)) > 0) {
         av_blk_go_on(blk);
         if (blk->unseen >= SHOW_REQUESTS || blk->unseen_bytes >= SHOW_BYTES) {
+            bool first = moved == 0;
+
             moved += blk->unseen_bytes;
-            show(blk);
+            show(blk, first);
         }
         if (--budget == 0 || moved >= RUN_BYTES)
             return 1;
@@ -107,7 +113,7 @@ static int blk_run(struct av_lane *lane, uint32_t ready)
         av_vring_count_kick(blk->ring);
     more = serve(blk);
     settle(blk);
-    show(blk);
+    show(blk, true);
     if (more < 0)
         return more;
     /* Chains that waited for a slot may have one by now. */

@@ -59,6 +59,7 @@ int av_vring_start(struct av_vring *ring, const struct av_vring_setup *setup)
     ring->indirect = (setup->features & F_INDIRECT_DESC) != 0;
     ring->in_order = (setup->features & F_IN_ORDER) != 0;
     ring->last_whole = false;
+    ring->shown = 0;
     ring->fault = AV_FAULT_NONE;
     result = ring->is_packed ? av_vring_packed_start(ring, setup)
                              : av_vring_split_start(ring, setup);
@@ -139,24 +140,32 @@ void av_vring_push(struct av_vring *ring, uint16_t head, uint32_t written_bytes)
     ring->stats.used++;
 }
 
-void av_vring_flush(struct av_vring *ring)
+void av_vring_show(struct av_vring *ring)
 {
-    uint16_t published;
-    bool wanted;
-
     if (!ring->running)
         return;
     ring->last_whole = false;
-    published = ring->is_packed ? av_vring_packed_publish(ring) : av_vring_split_publish(ring);
-    if (published == 0)
+    ring->shown +=
+        ring->is_packed ? av_vring_packed_publish(ring) : av_vring_split_publish(ring);
+}
+
+void av_vring_flush(struct av_vring *ring)
+{
+    uint16_t shown;
+    bool wanted;
+
+    av_vring_show(ring);
+    shown = ring->shown;
+    ring->shown = 0;
+    if (!ring->running || shown == 0)
         return;
     /* Full: our store of idx, or of a used descriptor's flags, against our load of used_event, or
      * of the driver's event suppression. It pairs with the driver's full barrier between its store
      * of that and its last look at the ring. Without it each could miss the other's store, and the
      * driver would sleep with work in the ring. */
     atomic_thread_fence(memory_order_seq_cst);
-    wanted = ring->is_packed ? av_vring_packed_wants_interrupt(ring, published)
-                             : av_vring_split_wants_interrupt(ring, published);
+    wanted = ring->is_packed ? av_vring_packed_wants_interrupt(ring, shown)
+                             : av_vring_split_wants_interrupt(ring, shown);
     if (wanted) {
         ring->stats.interrupts++;
         av_interrupt_raise(ring->interrupt, 1);

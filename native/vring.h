@@ -89,6 +89,9 @@ void av_vring_unpop(struct av_vring *ring);
  * offers IN_ORDER gives chains back as it took them, and of each what it says is written is
  * written from the front. */
 void av_vring_push(struct av_vring *ring, uint16_t head, uint32_t written_bytes);
+/* Show all pushed elements to a driver that looks; av_vring_flush() follows soon, before another
+ * 2^15 descriptors. */
+void av_vring_show(struct av_vring *ring);
 /* Show all pushed elements to the driver and interrupt it at most once, if it wants that. */
 void av_vring_flush(struct av_vring *ring);
 /* Ask the driver not to kick, for as long as the ring is being emptied anyway. */

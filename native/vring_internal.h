@@ -62,10 +62,12 @@ struct av_packed {
     uint16_t popped;     /* chains taken so far: where `order` goes on */
     bool avail_wrap;     /* the driver's wrap counter as of next_avail */
     bool used_wrap;      /* ours as of next_used */
-    uint16_t batch;      /* descriptors given back since the last flush: a batch */
+    uint16_t batch;      /* descriptors given back and not shown yet: a batch */
     uint16_t first;      /* where the batch's first used descriptor goes, */
     bool first_wrap;     /* and our wrap counter there */
     uint64_t first_rest; /* and what goes there last of all, by which the driver sees them */
+    uint16_t shown;      /* where the first batch went that no interrupt was considered for, */
+    bool shown_wrap;     /* and our wrap counter there */
     uint16_t last;       /* IN_ORDER: as in struct av_split, */
     bool last_wrap;      /* and our wrap counter there */
     uint16_t order[AV_VRING_SIZE_MAX]; /* the ids of chains as they were taken, a ring */
@@ -90,6 +92,7 @@ struct av_vring {
     uint16_t size;
     uint16_t next_avail; /* next chain to take: split an index, packed an offset */
     uint16_t next_used;  /* next used element to fill; likewise */
+    uint16_t shown;      /* by publish(), and not looked at for an interrupt yet */
     int fault;
     struct av_vring_stats stats;
     struct av_split split;
@@ -115,7 +118,7 @@ static inline int av_vring_break(struct av_vring *ring, int fault)
 
 /* What each layout does for the function of the same name in vring.h. publish() shows what was
  * pushed and says how much that is; wants_interrupt(): whether the driver asked for an interrupt
- * for any of it; kicks(): ask for kicks or for none. */
+ * for any of the `published` last ones; kicks(): ask for kicks or for none. */
 int av_vring_split_start(struct av_vring *ring, const struct av_vring_setup *setup);
 uint32_t av_vring_split_base(const struct av_vring *ring);
 int av_vring_split_pop(struct av_vring *ring, struct av_chain *out, struct iovec *iov,

@@ -220,6 +220,10 @@ uint16_t av_vring_packed_publish(struct av_vring *ring)
          * announce. */
         __atomic_store_n(&packed->desc[packed->first].rest, packed->first_rest, __ATOMIC_RELEASE);
         packed->batch = 0;
+        if (ring->shown == 0) {
+            packed->shown = packed->first;
+            packed->shown_wrap = packed->first_wrap;
+        }
     }
     return count;
 }
@@ -245,7 +249,7 @@ bool av_vring_packed_wants_interrupt(const struct av_vring *ring, uint16_t publi
         return false;
     if (!ring->event_idx || (event & EVENT_FLAGS) != EVENT_DESC)
         return true;
-    return distance(ring, packed->first, packed->first_wrap, event & (WRAP - 1),
+    return distance(ring, packed->shown, packed->shown_wrap, event & (WRAP - 1),
                     (event & WRAP) != 0) < published;
 }
 

@@ -33,6 +33,7 @@ class Oracle(Protocol):
     def pop(self) -> OracleChain | None: ...
     def unpop(self) -> None: ...
     def push(self, head: int, written: int, /) -> None: ...
+    def show(self) -> None: ...
     def flush(self) -> bool: ...
     def kicks_on(self) -> bool: ...
     def kicks_off(self) -> None: ...
@@ -98,6 +99,9 @@ class NativeRing:
 
     def push(self, head: int, written: int, /) -> None:
         lib.av_vring_push(self.ring, head, written)
+
+    def show(self) -> None:
+        lib.av_vring_show(self.ring)
 
     def flush(self) -> bool:
         """Whether the driver was interrupted."""
@@ -237,6 +241,9 @@ class _History:
             written = chain.writable_bytes if whole else self.rng.randrange(1 << 16)
             self.native.push(chain.head, written)
             self.oracle.push(chain.head, written)
+            if self.rng.random() < 0.2:
+                self.native.show()
+                self.oracle.show()
         assert self.native.flush() == self.oracle.flush()
         if self.rng.random() < 0.5:
             used = self.native.driver.take_used()

@@ -56,6 +56,7 @@ class PackedOracleRing:
         self.taken: list[tuple[int, int, bool]] = []
         self.in_flight: dict[int, tuple[int, int]] = {}
         self.uses: list[OracleUse] = []
+        self.shown: list[tuple[int, bool]] = []
 
     def entry(self, gpa: int) -> tuple[int, int, int, int]:
         gpa, length, id, flags = _DESC.unpack(self.memory.read(gpa, _DESC.size))
@@ -100,16 +101,19 @@ class PackedOracleRing:
         descs, writable_bytes = self.in_flight.pop(id)
         self.uses.append(OracleUse(id, written, written == writable_bytes, descs))
 
-    def flush(self) -> bool:
-        """2.8.6 and 2.8.8: a used descriptor for each chain or batch, skipping what it took;
-        2.8.14: whether the driver is to be interrupted."""
-        passed: list[tuple[int, bool]] = []
+    def show(self) -> None:
+        """2.8.6 and 2.8.8: a used descriptor for each chain or batch, skipping what it took."""
         for batch in in_batches(self.uses, self.in_order):
             at = self.desc + 16 * self.used.offset
             flags = (AVAIL | USED if self.used.wrap else 0) | (WRITE if batch[-1].written else 0)
             self.memory.write(at + 8, struct.pack("<IHH", batch[-1].written, batch[-1].head, flags))
-            passed += self.used.forwards(sum(use.descs for use in batch))
+            self.shown += self.used.forwards(sum(use.descs for use in batch))
         self.uses = []
+
+    def flush(self) -> bool:
+        """2.8.14: also whether the driver is to be interrupted, for all since the last flush."""
+        self.show()
+        passed, self.shown = self.shown, []
         event, flags = struct.unpack("<HH", self.memory.read(self.driver, 4))
         if not passed or flags == EVENT_DISABLE:
             return False

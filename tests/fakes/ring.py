@@ -58,7 +58,7 @@ class OracleRing:
         self.desc, self.driver, self.device = driver.desc_gpa, driver.driver_gpa, driver.device_gpa
         self.size = driver.size
         self.event_idx, self.in_order = driver.event_idx, driver.in_order
-        self.next_avail = self.next_used = 0
+        self.next_avail = self.next_used = self.flushed = 0
         self.room: dict[int, int] = {}
         self.uses: list[OracleUse] = []
 
@@ -101,18 +101,22 @@ class OracleRing:
         """A buffer used; nothing to see before the next flush."""
         self.uses.append(OracleUse(head, written, written == self.room[head]))
 
-    def flush(self) -> bool:
-        """2.7.8 and 2.7.7.2: elements, then idx; whether the driver is to be interrupted."""
-        old = self.next_used
+    def show(self) -> None:
+        """2.7.8: elements, then idx."""
         for batch in in_batches(self.uses, self.in_order):
             at = self.device + 4 + 8 * (self.next_used % self.size)
             self.memory.write(at, struct.pack("<II", batch[-1].head, batch[-1].written))
             self.next_used = (self.next_used + len(batch)) % 65536
         self.uses = []
-        new = self.next_used
+        self.put_u16(self.device + 2, self.next_used)
+
+    def flush(self) -> bool:
+        """2.7.7.2: also whether the driver is to be interrupted, for all since the last flush."""
+        self.show()
+        old, new = self.flushed, self.next_used
+        self.flushed = new
         if old == new:
             return False
-        self.put_u16(self.device + 2, new)
         if not self.event_idx:
             return not self.u16(self.driver) & NO_INTERRUPT
         used_event = self.u16(self.driver + 4 + 2 * self.size)
