@@ -141,7 +141,7 @@ def own_command(path: str, disk: str) -> list[str]:
     """Ours, its queues on native threads."""
     return [
         *(*AVMM_COMMAND, "vhost-user", "blk", "--socket", path, "--disk", disk),
-        *("--io-threads", str(QUEUES_MAX)),
+        *("--num-queues", str(QUEUES_MAX), "--io-threads", str(QUEUES_MAX)),
     ]
 
 
@@ -150,7 +150,8 @@ def peer_command(path: str, disk: str) -> list[str]:
     daemon = tool("qemu-storage-daemon", "qemu-system-common")
     return [
         *(daemon, "--object", "iothread,id=io0"),
-        *("--blockdev", f"driver=file,node-name=d0,filename={disk},aio=io_uring,cache.direct=off"),
+        "--blockdev",  # without its lock, since ours holds one on the same file
+        f"driver=file,node-name=d0,filename={disk},aio=io_uring,cache.direct=off,locking=off",
         "--export",
         f"type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path={path},"
         f"writable=on,iothread=io0,num-queues={QUEUES_MAX}",

@@ -16,6 +16,12 @@ from avmm.native import CData, ffi, lib
 
 _TIMEOUT_NS = 5 * 10**9
 
+# Of virtio 1.3 section 5.2.3, what Linux's driver takes as well. Without FLUSH a device that keeps
+# the rules makes every write durable before it answers.
+_BLK_F_FLUSH = 1 << 9
+_BLK_F_MQ = 1 << 12
+_BLK_FEATURES = F_EVENT_IDX | F_INDIRECT_DESC | _BLK_F_FLUSH | _BLK_F_MQ
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -79,7 +85,7 @@ def run_blk(
     seconds: float = 0.0,
     requests: int = 0,
     verify: bool = False,
-    features: int = F_EVENT_IDX | F_INDIRECT_DESC,
+    features: int = _BLK_FEATURES,
 ) -> Run:
     """Over a connection of its own. seconds, requests: see native/load.h. features: as FrontEnd's.
 
