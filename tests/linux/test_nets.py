@@ -104,3 +104,46 @@ async def test_two_microvms_at_once_each_on_its_own_disk_and_net(
     for index, disk in enumerate((root_disk, other_root_disk)):
         assert_clean(disk)
         assert read_from_ext4(disk, "/who") == b"I am %d\n" % index
+
+
+# Both CPUs send at the same time, each by the queue that is its own.
+PAIRS = f"""
+echo "FACT queues $(ls -d /sys/class/net/eth0/queues/tx-* | wc -l)"
+ifconfig eth0 promisc && ifconfig eth0 -promisc
+ping -c 2 -W 10 {HOST} >/dev/null && echo "FACT ping ok"
+for n in 0 1; do
+    head -c {16 * MIB} /dev/urandom >/up$n
+    echo "FACT up$n $(sha256sum </up$n | cut -d ' ' -f 1)"
+done
+for n in 0 1; do taskset $((n + 1)) nc {HOST} $(({PORT} + n)) </up$n >/dev/null & done
+wait
+until [ "$(cat /sys/class/net/eth0/carrier)" = 0 ]; do usleep 10000; done
+echo UNPLUGGED
+until [ "$(cat /sys/class/net/eth0/carrier)" = 1 ]; do usleep 10000; done
+ping -c 2 -W 10 {HOST} >/dev/null && echo "FACT again ok"
+"""
+
+
+@pytest.mark.parametrize(("transport", "vhost"), [("pci", False), ("pci", True), ("mmio", True)])
+async def test_each_vcpu_has_a_queue_pair(guests: Guests, transport: str, vhost: bool) -> None:
+    nets = [Tap("avmmt0", host=f"{HOST}/24", guest=GUEST, queues=2, vhost=vhost)]
+    options = {"cpus": 2, "io_threads": 2, "transport": transport}
+    async with guests.running(PAIRS, nets=nets, **options) as guest:
+        async with Receiver(HOST, PORT) as first, Receiver(HOST, PORT + 1) as second:
+            up = [await first.result(), await second.result()]
+        nic = guest.vm.statistics().devices["net0"]
+        assert nic.counters["control_commands"] > 0
+        assert nic.counters["control_errors"] == 0
+        if not vhost:
+            assert all(queue.chains > 0 for queue in nic.queues[:4])
+        await guest.vm.pause()
+        await guest.vm.resume()
+        guest.vm.set_link("net0", False)
+        await guest.says("UNPLUGGED")
+        guest.vm.set_link("net0", True)
+        await guest.ended()
+    assert guest.status == 0
+    assert guest.fact("queues") == "2"
+    assert guest.fact("ping") == "ok"
+    assert guest.fact("again") == "ok"
+    assert [received.digest for received in up] == [guest.fact("up0"), guest.fact("up1")]
