@@ -74,6 +74,7 @@ def own(name: str, *options: str, net: str = "") -> Contender:
 
 AVMM = own(OWN)
 AVMM_THREAD = own("avmm io-threads=1", "--io-threads", "1")
+AVMM_VHOST = own("avmm vhost=on", net=",vhost=on")
 
 
 # --- QEMU ------------------------------------------------------------------------------------

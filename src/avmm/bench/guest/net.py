@@ -8,6 +8,7 @@ from avmm.bench.guest import rows
 from avmm.bench.guest.contenders import (
     AVMM,
     AVMM_THREAD,
+    AVMM_VHOST,
     KVMTOOL,
     QEMU,
     QEMU_MICROVM,
@@ -19,7 +20,7 @@ from avmm.bench.record import Aim, Case
 from avmm.bench.suite import Options
 
 SUITE = "net-guest"
-CONTENDERS = (AVMM, AVMM_THREAD, QEMU, QEMU_MICROVM, KVMTOOL, QEMU_VHOST)
+CONTENDERS = (AVMM, AVMM_THREAD, AVMM_VHOST, QEMU, QEMU_MICROVM, KVMTOOL, QEMU_VHOST)
 _SECONDS_MIN = 2.0
 _AIM = 1.3
 
