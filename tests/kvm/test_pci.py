@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import avmm
+from avmm.kvm.system import Kvm
 from avmm.mem import layout
 from avmm.pci import function as header
 from avmm.virtio.device import VirtioDevice
@@ -321,6 +322,23 @@ async def test_a_notification_reaches_its_queue_without_an_exit(
         assert vm.console.scrollback == b"y"
         (vcpu,) = vm.statistics().vcpus
         assert vcpu.mmio == 11, "command, and the common configuration"
+        assert vm.statistics().devices["rng0"].ignored == 0
+
+
+@pytest.mark.parametrize(("size", "exits"), [("w", 11), ("l", 12)])
+async def test_a_kvm_that_wants_one_width_gets_a_drivers_own(
+    tiny_guest: Assemble, monkeypatch: pytest.MonkeyPatch, size: str, exits: int
+) -> None:
+    extension = Kvm.extension
+    monkeypatch.setattr(
+        Kvm, "extension", lambda kvm, name: "any_length" not in name and extension(kvm, name)
+    )
+    body = NOTIFY_GUEST.replace("NOTIFY_HERE", f"poke {size}, NOTIFY, 0")
+    async with guest(tiny_guest, body + END) as vm:
+        await vm.wait()
+        assert vm.console.scrollback == b"y"
+        (vcpu,) = vm.statistics().vcpus
+        assert vcpu.mmio == exits
         assert vm.statistics().devices["rng0"].ignored == 0
 
 
