@@ -142,7 +142,8 @@ int av_vring_packed_pop(struct av_vring *ring, struct av_chain *out, struct iove
     int count;
 
     /* Acquire: pairs with the driver's write barrier before it sets the flags of a chain's first
-     * descriptor. Without it we could read parts of the chain older than those flags. */
+     * descriptor. Without it we could read parts of the chain older than those flags. Length and
+     * id come in the same read, so they are as new as the flags. */
     desc.rest = __atomic_load_n(&first->rest, __ATOMIC_ACQUIRE);
     if (!is_available(desc.rest, packed->avail_wrap))
         return 0;
@@ -217,7 +218,7 @@ uint16_t av_vring_packed_publish(struct av_vring *ring)
     if (count != 0) {
         /* Release: pairs with the driver's read barrier after it reads a descriptor's flags.
          * Without it the driver could see them before the used descriptors, and data, that they
-         * announce. */
+         * announce. Length and id go in the same write. */
         __atomic_store_n(&packed->desc[packed->first].rest, packed->first_rest, __ATOMIC_RELEASE);
         packed->batch = 0;
         if (ring->shown == 0) {

@@ -10,6 +10,9 @@ from fakes.driver_queue import DriverQueue, driver_queue
 
 _QUEUES_GPA = 0x10000
 
+refused = 0
+"""Features that drivers do not accept of what is offered, unless a test says what they accept."""
+
 
 class VirtioDriver(ABC):
     """Does as Linux does (virtio 1.3 section 3.1.1)."""
@@ -73,9 +76,10 @@ class VirtioDriver(ABC):
     async def start(self, features: int | None = None, *, size: int = 64) -> None:
         """From reset to DRIVER_OK, with all the device's queues.
 
-        features: to accept; all that are offered when None. size: of a queue, if it may be.
+        features: to accept; all that are offered and not refused when None. size: of a queue, if it
+        may be.
         """
-        accepted = await self.read_features() if features is None else features
+        accepted = await self.read_features() & ~refused if features is None else features
         assert await self.negotiate(accepted)
         self.queues = []
         gpa = _QUEUES_GPA

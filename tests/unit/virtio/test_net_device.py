@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import struct
 
 import pytest
 
@@ -22,8 +23,9 @@ from avmm.virtio.devices.net import RX, TX
 from avmm.virtio.interrupt import CONFIG_CHANGE
 from avmm.virtio.state import DEVICE_NEEDS_RESET
 from avmm.virtio.transport import mmio
+from fakes.driver_queue import USED, PackedDriverQueue, Segment
 from fakes.mmio_driver import eventually, settle
-from fakes.net_rig import HEADER, Plugged, net_rig
+from fakes.net_rig import HEADER, TX_GPA, Plugged, net_rig
 
 STATUS = mmio.CONFIG + 6
 LINK_UP, ANNOUNCE = 1, 2
@@ -219,6 +221,20 @@ async def test_buffers_taken_before_a_reset_belong_to_the_driver_again(plugged: 
         assert net.rx.take_used() == []
         net.offer_rx(8)
         assert await net.received() == b"second"
+
+
+async def test_in_order_one_used_descriptor_speaks_for_all_that_was_sent(plugged: Plugged) -> None:
+    async with plugged() as net:
+        driver = net.rig.driver
+        await driver.start(await driver.read_features())
+        queue = driver.queues[TX]
+        net.rig.memory.write(TX_GPA, HEADER + b"frame")
+        ids = [queue.offer(Segment(TX_GPA, len(HEADER) + 5)) for _ in range(3)]
+        driver.kick(TX)
+        assert await driver.used(TX, 3) == [(id, 0) for id in ids]
+        if isinstance(queue, PackedDriverQueue):
+            ring = struct.iter_unpack("<QIHH", net.rig.memory.read(queue.desc_gpa, 3 * 16))
+            assert [id for *_, id, flags in ring if flags & USED] == [ids[-1]]
 
 
 async def test_receive_buffers_that_were_held_are_taken_again_where_a_queue_goes_on(

@@ -134,7 +134,7 @@ class NetDevice(VirtioDevice):
 
     def __init__(self, config: Tap, tap: HostTap, context: DeviceContext) -> None:
         offered = features.NET_MAC | features.NET_STATUS | features.NET_MRG_RXBUF
-        offered |= _HOST_OFFLOADS | _GUEST_OFFLOADS | CONTROL_FEATURES
+        offered |= _HOST_OFFLOADS | _GUEST_OFFLOADS | CONTROL_FEATURES | features.IN_ORDER
         if tap.uso:
             offered |= features.NET_HOST_USO | _GUEST_USO
         if config.mtu is not None:
