@@ -1,7 +1,8 @@
 """Suite blk-native: block back-ends over vhost-user at native speed, with no VM.
 
 Ours and qemu-storage-daemon's serve the same file, which is in the page cache, to the same driver;
-they take turns. The limit is fio with io_uring on the bare file, its buffers and file registered.
+they take turns. A driver of one queue has a processor to itself. The limit is fio with io_uring on
+the bare file, its buffers and file registered.
 """
 
 from __future__ import annotations

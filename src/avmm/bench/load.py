@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from avmm.bench.back_end import BackEnd
+from avmm.bench.back_end import BackEnd, apart
 from avmm.bench.front_end import F_EVENT_IDX, F_INDIRECT_DESC, FrontEnd
 from avmm.bench.record import Costs
 from avmm.errors import HostError
@@ -99,9 +100,10 @@ def run_blk(
     ) as front:
         load.data_gpa, load.data_bytes = front.data_gpa, front.data_bytes
         drivers = ffi.new("struct av_vdriver *[]", front.drivers)
-        cpu_s = back_end.cpu_s()
-        error = lib.av_load_blk_run(drivers, front.memory, work.queues, load, blk, out)
-        cpu_s = back_end.cpu_s() - cpu_s
+        with apart(back_end) if work.queues == 1 else contextlib.nullcontext():
+            cpu_s = back_end.cpu_s()
+            error = lib.av_load_blk_run(drivers, front.memory, work.queues, load, blk, out)
+            cpu_s = back_end.cpu_s() - cpu_s
     if error:
         code = -error
         remedy = "it stopped answering" if code == errno.ETIMEDOUT else None

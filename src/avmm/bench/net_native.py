@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from avmm.bench.back_end import AVMM_COMMAND, BackEnd
+from avmm.bench.back_end import AVMM_COMMAND, BackEnd, apart
 from avmm.bench.front_end import F_EVENT_IDX, F_INDIRECT_DESC, FrontEnd
 from avmm.bench.load import Run, costs, measured
 from avmm.bench.namespace import NetworkNamespace
@@ -128,9 +128,10 @@ def _run_own(row: Row, bench: Bench, seconds: float) -> Run:
     path = bench.back_end.path
     with FrontEnd(path, queues=2, features=features, data_bytes=room, counted_by=2) as front:
         load.data_gpa, load.data_bytes = front.data_gpa, front.data_bytes
-        cpu_s = bench.back_end.cpu_s()
-        error = lib.av_load_net_run(front.drivers[row.queue], front.memory, load, net, out)
-        cpu_s = bench.back_end.cpu_s() - cpu_s
+        with apart(bench.back_end):
+            cpu_s = bench.back_end.cpu_s()
+            error = lib.av_load_net_run(front.drivers[row.queue], front.memory, load, net, out)
+            cpu_s = bench.back_end.cpu_s() - cpu_s
     _raise(error, f"Load on {bench.back_end.name}")
     return measured(out, cpu_s, latencies=False)
 
