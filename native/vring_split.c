@@ -59,15 +59,6 @@ static uint16_t head_at(const struct av_vring *ring, uint16_t index)
     return av_load16(&ring->split.avail->ring[index & (ring->size - 1)]);
 }
 
-/* While the device works on this chain, the next one's descriptor may come into the cache. */
-static void prefetch_next(const struct av_vring *ring)
-{
-    uint16_t next = (uint16_t)(ring->next_avail + 1);
-
-    if (next != ring->split.avail_seen)
-        __builtin_prefetch(&ring->split.desc[head_at(ring, next) & (ring->size - 1)]);
-}
-
 /* Follow the chain from `head`; 0 or a fault. */
 static int follow(struct av_vring *ring, uint16_t head, struct av_walk *walk)
 {
@@ -111,7 +102,6 @@ int av_vring_split_pop(struct av_vring *ring, struct av_chain *out, struct iovec
     if (result <= 0)
         return result;
     *out = (struct av_chain){ .head = head_at(ring, ring->next_avail), .iov = iov };
-    prefetch_next(ring);
     fault = follow(ring, out->head, &walk);
     if (fault != AV_FAULT_NONE)
         return av_vring_break(ring, fault);
