@@ -16,11 +16,17 @@ static inline uint32_t av_desc_len(const struct av_desc *desc)
     return (uint32_t)desc->rest;
 }
 
-/* A descriptor as it was at one moment: the guest may change it while we look. */
-static inline struct av_desc av_desc_copy(const struct av_desc *from)
+/* A word of memory that need not be aligned: an indirect table may be anywhere. */
+typedef uint64_t av_word __attribute__((aligned(1), may_alias));
+
+/* An entry of a ring or table as it was at one moment: the guest may change it while we look, so
+ * it is read once, which volatile makes sure of. */
+static inline struct av_desc av_desc_copy(const void *table, uint32_t index)
 {
-    return (struct av_desc){ .gpa = __atomic_load_n(&from->gpa, __ATOMIC_RELAXED),
-                             .rest = __atomic_load_n(&from->rest, __ATOMIC_RELAXED) };
+    const uint8_t *from = (const uint8_t *)table + sizeof(struct av_desc) * index;
+    const volatile av_word *word = (const volatile av_word *)from;
+
+    return (struct av_desc){ .gpa = word[0], .rest = word[1] };
 }
 
 /* Add a descriptor's memory to the chain; 0 or a fault. */
@@ -56,14 +62,14 @@ static inline int av_walk_add(struct av_vring *ring, struct av_walk *walk,
 
 /* The table an indirect descriptor names, and how many entries it has; 0 or a fault. */
 static inline int av_walk_table(struct av_vring *ring, const struct av_desc *desc,
-                                const struct av_desc **table, uint32_t *entries)
+                                const void **table, uint32_t *entries)
 {
     uint32_t len = av_desc_len(desc);
 
     if (len == 0 || len % sizeof(struct av_desc) != 0 ||
         len / sizeof(struct av_desc) > AV_VRING_SIZE_MAX)
         return AV_FAULT_INDIRECT_SIZE;
-    *table = (const struct av_desc *)av_gmem_hva_near(ring->mem, &ring->near, desc->gpa, len);
+    *table = av_gmem_hva_near(ring->mem, &ring->near, desc->gpa, len);
     *entries = len / (uint32_t)sizeof(struct av_desc);
     return *table == NULL ? AV_FAULT_BAD_GPA : AV_FAULT_NONE;
 }

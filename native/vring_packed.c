@@ -79,7 +79,7 @@ static bool is_available(uint64_t rest, bool wrap)
  * anything, and their ids nothing; 0 or a fault. */
 static int add_table(struct av_vring *ring, struct av_walk *walk, const struct av_desc *indirect)
 {
-    const struct av_desc *table;
+    const void *table;
     uint32_t entries;
     int fault;
 
@@ -87,7 +87,7 @@ static int add_table(struct av_vring *ring, struct av_walk *walk, const struct a
         return AV_FAULT_INDIRECT_NESTED;
     fault = av_walk_table(ring, indirect, &table, &entries);
     for (uint32_t i = 0; fault == AV_FAULT_NONE && i < entries; i++) {
-        struct av_desc desc = av_desc_copy(&table[i]);
+        struct av_desc desc = av_desc_copy(table, i);
         fault = av_walk_add(ring, walk, &desc, (flags_of(desc.rest) & AV_DESC_WRITE) != 0);
     }
     return fault;
@@ -116,7 +116,7 @@ static int follow(struct av_vring *ring, struct av_desc *desc, struct av_walk *w
             return count;
         if (++at == ring->size)
             at = 0;
-        *desc = av_desc_copy(&ring->packed.desc[at]);
+        *desc = av_desc_copy(ring->packed.desc, at);
     }
 }
 

@@ -62,7 +62,7 @@ static uint16_t head_at(const struct av_vring *ring, uint16_t index)
 /* Follow the chain from `head`; 0 or a fault. */
 static int follow(struct av_vring *ring, uint16_t head, struct av_walk *walk)
 {
-    const struct av_desc *table = ring->split.desc;
+    const void *table = ring->split.desc;
     uint32_t entries = ring->size, left = ring->size, at = head;
 
     for (;;) {
@@ -74,7 +74,7 @@ static int follow(struct av_vring *ring, uint16_t head, struct av_walk *walk)
             return AV_FAULT_BAD_HEAD;
         if (left-- == 0)
             return AV_FAULT_CHAIN_LOOP;
-        desc = av_desc_copy(&table[at]);
+        desc = av_desc_copy(table, at);
         flags = (uint16_t)(desc.rest >> 32);
         if (flags & AV_DESC_INDIRECT) {
             if (!ring->indirect || table != ring->split.desc || (flags & AV_DESC_NEXT))

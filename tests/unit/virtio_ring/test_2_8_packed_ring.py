@@ -184,6 +184,12 @@ def test_an_indirect_table_of_bad_size_is_a_fault(native: NativeRing, size_bytes
     assert native.fault_of_pop() == "indirect-size"
 
 
+def test_an_indirect_table_need_not_be_aligned(native: NativeRing) -> None:
+    segments = [Segment(DATA_GPA + 64 * at, 32) for at in range(3)]
+    head = native.driver.offer_indirect(TABLE_GPA + 13, *segments)
+    assert native.take() == OracleChain(head, tuple((s.gpa, 32) for s in segments), ())
+
+
 def test_an_indirect_table_outside_memory_is_a_fault(native: NativeRing) -> None:
     queue_of(native).offer_entries(0, (4 * MIB - 16, 32, INDIRECT))
     assert native.fault_of_pop() == "bad-gpa"
