@@ -4,7 +4,8 @@ Runs where /dev/kvm runs stock kernels: a machine with VT-x or AMD-V, or inside 
 Kernels and guest file systems are those of scripts/assets, under $AVMM_CACHE. One boot takes
 seconds, so most tests use one event loop and ask one guest several things; `both_loops` marks
 those that run on the stock loop too. Devices are on virtio-pci, where a test says nothing else;
-AVMM_TRANSPORT=mmio puts those on virtio-mmio.
+AVMM_TRANSPORT=mmio, AVMM_RING=split and AVMM_IO_THREADS=N in the environment give those guests
+another transport, other rings, or I/O threads.
 """
 
 from __future__ import annotations

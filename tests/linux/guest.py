@@ -147,8 +147,13 @@ class Guests:
         words.append("avmm.cmd=" + base64.b64encode((script or "true").encode()).decode())
         cmdline = " ".join(word for word in words if word)
         assert len(cmdline) < CMDLINE_MAX - 200, "the script is too long for a command line"
-        transport = os.environ.get("AVMM_TRANSPORT", "pci")
-        options = {"memory": "256M", "transport": transport} | options
+        defaults = {
+            "memory": "256M",
+            "transport": os.environ.get("AVMM_TRANSPORT", "pci"),
+            "ring": os.environ.get("AVMM_RING", "packed"),
+            "io_threads": int(os.environ.get("AVMM_IO_THREADS", "0")),
+        }
+        options = defaults | options
         return avmm.Config(
             kernel=str(self.assets.kernel(flavour, image)),
             initrd=str(self.assets.initrd(flavour)),
