@@ -14,6 +14,8 @@ from linux.host import assert_clean, random_file, read_from_ext4, sha256
 
 DATA_BYTES = 64 * MIB
 RING_PACKED_BIT = features.RING_PACKED.bit_length() - 1
+PART_BYTES, PIECE_BYTES = 8 * MIB, 65536
+PIECES = PART_BYTES // PIECE_BYTES
 HOLE_START_BYTES, HOLE_BYTES = 4 * MIB, 8 * MIB
 
 DATA = f"""
@@ -32,6 +34,25 @@ sync
 echo 3 >/proc/sys/vm/drop_caches
 echo "FACT again $(sum </dev/vda)"
 blkdiscard -o {HOLE_START_BYTES} -l {HOLE_BYTES} /dev/vdc && echo "FACT discarded yes"
+"""
+
+QUEUES = f"""
+echo "FACT queues $(ls /sys/block/vda/mq | xargs)"
+cd /sys/block/vda/queue
+echo "FACT block $(cat logical_block_size physical_block_size minimum_io_size | xargs)"
+write() {{
+    head -c {PART_BYTES} /dev/urandom >/part$1
+    taskset $(($1 % 2 + 1)) dd if=/part$1 of=/dev/vda bs={PIECE_BYTES} \\
+        seek=$(($1 * {PIECES})) conv=notrunc,fsync 2>/dev/null
+}}
+check() {{
+    taskset $((2 - $1 % 2)) dd if=/dev/vda bs={PIECE_BYTES} skip=$(($1 * {PIECES})) \\
+        count={PIECES} 2>/dev/null | cmp - /part$1 && echo "FACT same $1"
+}}
+for i in 0 1 2 3; do write $i & done; wait
+echo "FACT wrote $(cat /part0 /part1 /part2 /part3 | sha256sum | cut -d ' ' -f 1)"
+echo 3 >/proc/sys/vm/drop_caches
+for i in 0 1 2 3; do check $i & done; wait
 """
 
 
@@ -91,3 +112,17 @@ async def test_data_is_the_same_on_both_sides(
     assert not any(after[HOLE_START_BYTES:end])
     assert after[end:] == before[end:]
     assert (blocks - holed.stat().st_blocks) * 512 >= HOLE_BYTES
+
+
+async def test_each_vcpu_has_a_queue_of_its_own(guests: Guests, tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(4 * PART_BYTES)
+    guest = await guests.boot(QUEUES, disks=[Disk(str(path))], cpus=2, io_threads=2, memory="512M")
+    assert guest.fact("queues") == "0 1"
+    assert guest.fact("block") == f"512 4096 {path.stat().st_blksize}"
+    assert guest.fact("wrote") == sha256(path)
+    assert sorted(guest.facts("same")) == ["0", "1", "2", "3"]
+    statistics = guest.vm.statistics()
+    assert all(queue.chains > 0 for queue in statistics.devices["blk0"].queues)
+    assert all(home.runs > 0 for home in statistics.homes[1:])
