@@ -181,7 +181,7 @@ static int set_up(struct av_blk *blk, const struct av_blk_config *config, struct
         return error;
     blk->engine = config->engine == AV_BLK_IO_URING
                       ? av_blk_uring_create(config->fd, config->depth, &error)
-                      : av_blk_threads_create(config->fd, config->depth, &error);
+                      : av_blk_threads_create(config->fd, config->workers, &error);
     if (blk->engine == NULL)
         return error;
     error = -av_lane_init(&blk->lane, home, &lane_ops, 1);

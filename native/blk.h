@@ -8,6 +8,8 @@
 #include "home.h"
 #include "vring.h"
 
+#define AV_BLK_WORKERS_MAX 4
+
 /* cdef begin */
 enum av_blk_engine_kind { AV_BLK_IO_URING, AV_BLK_THREADS };
 
@@ -23,6 +25,7 @@ struct av_blk_config {
     uint32_t seg_max;
     uint32_t depth;
     uint32_t engine;
+    uint32_t workers; /* threads of AV_BLK_THREADS, 1 to AV_BLK_WORKERS_MAX */
     uint32_t alignment_bytes;
     char id[20]; /* padded with zeroes */
 };

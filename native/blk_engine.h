@@ -48,8 +48,8 @@ struct av_blk_engine {
     int event_fd; /* written when there is something to reap; nobody drains it */
 };
 
-/* depth: operations in flight at most. NULL: *error is the errno. */
+/* depth: operations in flight at most; workers: threads. NULL: *error is the errno. */
 struct av_blk_engine *av_blk_uring_create(int fd, uint32_t depth, int *error);
-struct av_blk_engine *av_blk_threads_create(int fd, uint32_t depth, int *error);
+struct av_blk_engine *av_blk_threads_create(int fd, uint32_t workers, int *error);
 
 #endif

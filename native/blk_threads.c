@@ -9,9 +9,8 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "blk.h"
 #include "blk_engine.h"
-
-#define WORKERS 4
 
 struct list {
     struct av_blk_op *first, *last;
@@ -25,9 +24,10 @@ struct threads_engine {
     struct list queued; /* the caller's until submit() */
     struct list waiting;
     struct list finished;
+    bool armed;    /* somebody waits for event_fd */
     bool stopping;
     uint32_t workers;
-    pthread_t worker[WORKERS];
+    pthread_t worker[AV_BLK_WORKERS_MAX];
 };
 
 static struct threads_engine *of(struct av_blk_engine *engine)
@@ -97,8 +97,9 @@ static void *work(void *argument)
         pthread_mutex_unlock(&engine->lock);
         op->result = perform(engine->fd, op);
         pthread_mutex_lock(&engine->lock);
-        /* Only the first of a batch wakes the loop; it takes the whole list. */
-        if (engine->finished.first == NULL && write(engine->base.event_fd, &one, sizeof(one)) < 0)
+        /* Only the first of a batch wakes whoever waits; it takes the whole list. */
+        if (engine->armed && engine->finished.first == NULL &&
+            write(engine->base.event_fd, &one, sizeof(one)) < 0)
             abort(); /* an eventfd of our own refuses only after 2^64 batches */
         append(&engine->finished, op);
     }
@@ -117,6 +118,7 @@ static void threads_submit(struct av_blk_engine *base)
     struct av_blk_op *op;
 
     pthread_mutex_lock(&engine->lock);
+    engine->armed = false;
     while ((op = take_first(&engine->queued)) != NULL) {
         append(&engine->waiting, op);
         pthread_cond_signal(&engine->work);
@@ -152,6 +154,7 @@ static bool threads_arm(struct av_blk_engine *base)
 
     /* Whoever finishes first after this finds the list empty, and writes event_fd. */
     pthread_mutex_lock(&engine->lock);
+    engine->armed = true;
     ready = engine->finished.first != NULL;
     pthread_mutex_unlock(&engine->lock);
     return ready;
@@ -183,14 +186,14 @@ static const struct av_blk_engine_ops threads_ops = {
 };
 
 /* Workers take no signals: those are for the program's own threads. */
-static int start_workers(struct threads_engine *engine)
+static int start_workers(struct threads_engine *engine, uint32_t workers)
 {
     sigset_t all, before;
     int result = 0;
 
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (result == 0 && engine->workers < WORKERS) {
+    while (result == 0 && engine->workers < workers) {
         result = pthread_create(&engine->worker[engine->workers], NULL, work, engine);
         if (result == 0)
             engine->workers++;
@@ -199,11 +202,10 @@ static int start_workers(struct threads_engine *engine)
     return result;
 }
 
-struct av_blk_engine *av_blk_threads_create(int fd, uint32_t depth, int *error)
+struct av_blk_engine *av_blk_threads_create(int fd, uint32_t workers, int *error)
 {
     struct threads_engine *engine = calloc(1, sizeof(*engine));
 
-    (void)depth; /* operations are linked, not stored */
     if (engine == NULL) {
         *error = ENOMEM;
         return NULL;
@@ -218,7 +220,7 @@ struct av_blk_engine *av_blk_threads_create(int fd, uint32_t depth, int *error)
     }
     pthread_mutex_init(&engine->lock, NULL);
     pthread_cond_init(&engine->work, NULL);
-    *error = start_workers(engine);
+    *error = start_workers(engine, workers);
     if (*error != 0) {
         threads_destroy(&engine->base);
         return NULL;

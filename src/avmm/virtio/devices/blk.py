@@ -21,6 +21,9 @@ from avmm.virtio.queue import SIZE_MAX, SIZE_MIN, Queue, check_queue_size
 QUEUES_MAX = 16
 SEG_MAX = 126
 ID_BYTES = 20
+_WORKERS = 4
+"""Threads of a disk without io_uring, shared out among its queues."""
+
 _RANGES_MAX = 32
 _RANGE_SECTORS_MAX = 0xFFFF_FFFF
 _WRITEBACK_AT = 32
@@ -138,7 +141,9 @@ class BlkDevice(VirtioDevice):
     def _add_native(self, config: Disk, queue: Queue) -> None:
         """The queue's own datapath, on a home of its own choice."""
         home = self.context.homes.pick(config.home)
-        self.engine, native = _create_native(config, self.disk, self.context.id, home, queue)
+        settings = _settings(config, self.disk, self.context.id)
+        settings.workers = max(1, _WORKERS // len(self.queues))
+        self.engine, native = _create_native(config, settings, home, queue)
         self.context.stack.callback(self._destroy, native)
         self._natives.append(native)
         self.add_lane(lib.av_blk_lane(native), home, (queue,), self._op)
@@ -181,10 +186,8 @@ def _seg_max(config: Disk) -> int:
     return min(SEG_MAX, config.queue_size - 2)
 
 
-def _create_native(
-    config: Disk, disk: RawDisk, id: str, home: Home, queue: Queue
-) -> tuple[str, CData]:
-    """The engine's name and the native datapath; io_uring where the host allows it."""
+def _settings(config: Disk, disk: RawDisk, id: str) -> CData:
+    """What is the same for all queues."""
     settings = ffi.new("struct av_blk_config *")
     settings.fd = disk.fd
     settings.capacity_sectors = disk.size_bytes // SECTOR_BYTES
@@ -195,6 +198,11 @@ def _create_native(
     settings.depth = config.queue_size
     settings.alignment_bytes = disk.alignment_bytes
     settings.id = (config.serial or id).encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
+    return settings
+
+
+def _create_native(config: Disk, settings: CData, home: Home, queue: Queue) -> tuple[str, CData]:
+    """The engine's name and the native datapath; io_uring where the host allows it."""
     engines = ("io_uring", "threads") if config.engine == "auto" else (config.engine,)
     error = ffi.new("int *")
     for engine in engines:
@@ -207,7 +215,7 @@ def _create_native(
             break
     raise HostError(
         "disk-engine",
-        op=f"{engine} for disk {disk.path}",
+        op=f"{engine} for disk {config.path}",
         errno=error[0],
         remedy="see kernel.io_uring_disabled, or use engine=threads",
     )
