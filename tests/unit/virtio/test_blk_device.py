@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -158,6 +159,26 @@ async def test_discard_and_write_zeroes_leave_zeroes(plugged: Plugged, image: Pa
     assert data[4 * KIB : 8 * KIB] == bytes(4 * KIB)
     assert data[12 * KIB : 16 * KIB] == bytes(4 * KIB)
     assert data.count(b"\xff") == SIZE_BYTES - 8 * KIB
+
+
+async def test_zeroes_are_written_where_the_host_cannot_zero() -> None:
+    """A tmpfs has holes, but no FALLOC_FL_ZERO_RANGE."""
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK):
+        pytest.skip("no /dev/shm")
+    with tempfile.NamedTemporaryFile(dir=shm) as file:
+        file.write(b"\xff" * SIZE_BYTES)
+        file.flush()
+        async with virtio_rig(lambda context: build(Disk(file.name), context)) as rig:
+            await rig.driver.start()
+            blk = BlkDriver(rig)
+            ranges = struct.pack("<QIIQII", 1, 2001, 0, 4000, 8, 0)
+            assert (await blk.request(WRITE_ZEROES, 0, ranges))[0] == OK
+            assert (await blk.request(FLUSH))[0] == OK
+        data = contents(Path(file.name))
+    assert data[512 : 2002 * 512] == bytes(2001 * 512)
+    assert data[4000 * 512 : 4008 * 512] == bytes(8 * 512)
+    assert data.count(b"\xff") == SIZE_BYTES - 2009 * 512
 
 
 async def test_the_configuration_describes_the_disk(plugged: Plugged, image: Path) -> None:
