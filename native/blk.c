@@ -5,14 +5,16 @@
 #include <sys/epoll.h>
 
 #define KICK 0u /* source number */
-/* How much is done before the driver sees it: it works on that while we go on. */
-#define SHOW_REQUESTS 8u
-#define SHOW_BYTES (64u << 10)
-/* What one run moves at most by itself, about 100 us of copying. */
+/* A portion of a run: what is started by one submission, and shown to the driver before the next,
+ * so that it works on that while we go on. */
+#define PORTION_REQUESTS 16u
+#define PORTION_BYTES (256u << 10)
+/* What a run takes at most, about 100 us of copying where all is in the page cache. */
 #define RUN_BYTES (1u << 20)
+#define SETTLE_ROUNDS 4u
 
-/* Take one chain; 1 taken, 0 none or no free slot, -EPROTO. */
-static int take(struct av_blk *blk)
+/* Take one chain; 1 taken, 0 none or no free slot, -EPROTO. bytes: adds those of its data. */
+static int take(struct av_blk *blk, uint64_t *bytes)
 {
     struct av_blk_slot *slot = blk->free;
     struct av_chain chain;
@@ -38,6 +40,7 @@ static int take(struct av_blk *blk)
         blk->in_flight--;
         return -EPROTO;
     }
+    *bytes += slot->req.data_bytes;
     if (status != AV_BLK_S_OK)
         av_blk_finish(blk, slot, status);
     else
@@ -45,52 +48,47 @@ static int take(struct av_blk *blk)
     return 1;
 }
 
-/* Show the driver what is done. A driver that sleeps takes longer to wake than we need for a few
- * more requests, so it is woken by the first ones of a run; and by the last, if it sleeps then. */
-static void show(struct av_blk *blk, bool wake)
-{
-    blk->unseen = 0;
-    blk->unseen_bytes = 0;
-    if (wake)
-        av_vring_flush(blk->ring);
-    else
-        av_vring_show(blk->ring);
-}
-
-/* Take and start up to a device's depth of requests; 1 when the ring may hold more. */
-static int serve(struct av_blk *blk)
-{
-    uint32_t budget = blk->config.depth;
-    uint64_t moved = 0;
-    int result;
-
-    av_vring_kicks_off(blk->ring);
-    while ((result = take(blk)) > 0) {
-        av_blk_go_on(blk);
-        if (blk->unseen >= SHOW_REQUESTS || blk->unseen_bytes >= SHOW_BYTES) {
-            bool first = moved == 0;
-
-            moved += blk->unseen_bytes;
-            show(blk, first);
-        }
-        if (--budget == 0 || moved >= RUN_BYTES)
-            return 1;
-    }
-    return result;
-}
-
-/* Submit what is queued and complete what is done, until nothing more is queued. */
+/* Submit what is queued and complete what is done. A request may need one operation after the
+ * other, thousands of them, so what is still queued after a few is for the next run. */
 static void settle(struct av_blk *blk)
 {
-    do {
+    for (uint32_t i = 0; i < SETTLE_ROUNDS; i++) {
         if (blk->queued != 0) {
             blk->queued = 0;
             blk->stats.batches++;
             blk->engine->ops->submit(blk->engine);
         }
         blk->engine->ops->reap(blk->engine, av_blk_op_done, blk);
-        av_blk_go_on(blk);
-    } while (blk->queued != 0);
+        if (blk->queued == 0)
+            break;
+    }
+}
+
+/* Take, start and complete requests, a portion after the other; 1 when the ring may hold more. */
+static int serve(struct av_blk *blk)
+{
+    uint32_t taken = 0, portion;
+    uint64_t bytes = 0, portion_bytes;
+    int result;
+
+    av_vring_kicks_off(blk->ring);
+    do {
+        portion = 0;
+        portion_bytes = 0;
+        while ((result = take(blk, &portion_bytes)) > 0)
+            if (++portion == PORTION_REQUESTS || portion_bytes >= PORTION_BYTES)
+                break;
+        settle(blk);
+        taken += portion;
+        bytes += portion_bytes;
+        /* A driver that sleeps takes longer to wake than we need for the next portions, so it is
+         * woken by the first one; and by the end of the run, if it sleeps then. */
+        if (taken == portion)
+            av_vring_flush(blk->ring);
+        else
+            av_vring_show(blk->ring);
+    } while (result > 0 && taken < blk->config.depth && bytes < RUN_BYTES);
+    return result;
 }
 
 static struct av_blk *of(struct av_lane *lane)
@@ -112,8 +110,10 @@ static int blk_run(struct av_lane *lane, uint32_t ready)
     if (ready & 1u << KICK)
         av_vring_count_kick(blk->ring);
     more = serve(blk);
-    settle(blk);
-    show(blk, true);
+    av_vring_flush(blk->ring);
+    /* To be submitted in any case: a fault of the ring is found again by the next run. */
+    if (blk->queued != 0)
+        return 1;
     if (more < 0)
         return more;
     /* Chains that waited for a slot may have one by now. */
@@ -202,7 +202,6 @@ struct av_blk *av_blk_create(const struct av_blk_config *config, struct av_home 
     blk->config = *config;
     blk->ring = ring;
     blk->iov_max = config->seg_max + 2; /* header and status */
-    av_blk_cached_init(&blk->cached, config->fd, config->alignment_bytes == 1);
     blk->limits = (struct av_blk_limits){
         .capacity_sectors = config->capacity_sectors,
         .read_only = config->read_only,

@@ -41,7 +41,6 @@ struct av_blk_stats {
     uint64_t errors;
     uint64_t read_bytes;
     uint64_t write_bytes;
-    uint64_t cached;  /* operations that the page cache did at once, without the engine */
     uint64_t batches; /* submissions to the engine */
     uint64_t bounced; /* requests whose memory was not aligned for direct I/O */
 };

@@ -6,7 +6,6 @@
 #include <stdint.h>
 
 #include "blk.h"
-#include "blk_cached.h"
 #include "blk_engine.h"
 #include "blk_req.h"
 #include "lane.h"
@@ -32,13 +31,9 @@ struct av_blk {
     struct av_blk_limits limits;
     struct av_vring *ring;
     struct av_blk_engine *engine;
-    struct av_blk_cached cached;
     uint32_t iov_max;
     uint32_t in_flight;
-    uint32_t queued;         /* operations handed to the engine since its last submit */
-    uint32_t unseen;         /* requests finished that the driver has not been shown */
-    uint64_t unseen_bytes;   /* of their data */
-    struct av_blk_op *ended; /* operations that were done at once, results not looked at */
+    uint32_t queued; /* operations handed to the engine since its last submit */
     struct av_blk_slot *slots;
     struct av_blk_slot *free;
     struct iovec *iovs;
@@ -52,7 +47,5 @@ void av_blk_perform(struct av_blk *blk, struct av_blk_slot *slot);
 void av_blk_finish(struct av_blk *blk, struct av_blk_slot *slot, uint8_t status);
 /* An av_blk_done: go on with the request whose operation the engine has finished. */
 void av_blk_op_done(void *context, struct av_blk_op *op);
-/* Go on with the requests whose operations were done at once. */
-void av_blk_go_on(struct av_blk *blk);
 
 #endif

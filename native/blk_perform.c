@@ -27,20 +27,11 @@ void av_blk_finish(struct av_blk *blk, struct av_blk_slot *slot, uint8_t status)
     slot->next_free = blk->free;
     blk->free = slot;
     blk->in_flight--;
-    blk->unseen++;
-    blk->unseen_bytes += slot->done;
 }
 
 static void start(struct av_blk *blk, struct av_blk_slot *slot, enum av_blk_op_kind kind)
 {
     slot->op.kind = kind;
-    if (av_blk_cached_try(&blk->cached, &slot->op)) {
-        /* Not followed up here: the rest of a transfer begins in here as well. */
-        blk->stats.cached++;
-        slot->op.next = blk->ended;
-        blk->ended = &slot->op;
-        return;
-    }
     blk->engine->ops->queue(blk->engine, &slot->op);
     blk->queued++;
 }
@@ -232,16 +223,6 @@ void av_blk_op_done(void *context, struct av_blk_op *op)
         range_done(blk, slot);
     else
         transfer_done(blk, slot);
-}
-
-void av_blk_go_on(struct av_blk *blk)
-{
-    while (blk->ended != NULL) {
-        struct av_blk_op *op = blk->ended;
-
-        blk->ended = op->next;
-        av_blk_op_done(blk, op);
-    }
 }
 
 static void answer_id(struct av_blk *blk, struct av_blk_slot *slot)

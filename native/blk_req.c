@@ -101,6 +101,7 @@ int av_blk_req_parse(struct av_chain *chain, const struct av_blk_limits *limits,
     out->status = (uint8_t *)last->iov_base + last->iov_len - 1;
     if (--last->iov_len == 0)
         writable_count--;
+    out->data_bytes = 0;
     out->range_count = 0;
     if (take_front(&readable, &readable_count, &header, sizeof(header)) != sizeof(header)) {
         *status = AV_BLK_S_IOERR;

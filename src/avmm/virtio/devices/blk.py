@@ -177,7 +177,7 @@ class BlkDevice(VirtioDevice):
 
 _COUNTERS = (
     *("reads", "writes", "flushes", "discards", "write_zeroes", "get_ids", "unsupported"),
-    *("errors", "read_bytes", "write_bytes", "cached", "batches", "bounced"),
+    *("errors", "read_bytes", "write_bytes", "batches", "bounced"),
 )
 
 
