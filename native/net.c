@@ -149,9 +149,10 @@ struct av_lane *av_net_lane(struct av_net *net)
     return &net->lane;
 }
 
-void av_net_start(struct av_net *net, int mergeable)
+void av_net_start(struct av_net *net, int mergeable, uint32_t frame_max_bytes)
 {
     net->rx.mergeable = mergeable != 0;
+    net->rx.packet_max = AV_NET_HEADER_BYTES + frame_max_bytes;
     net->rx.guess = AV_NET_HEADER_BYTES;
 }
 

@@ -43,8 +43,9 @@ struct av_net *av_net_create(struct av_home *home, int fd, struct av_vring *rx,
 void av_net_destroy(struct av_net *net); /* its lane is at rest */
 /* Kick 0: the receive ring's, 1: the transmit ring's. News: the TAP fails, see below. */
 struct av_lane *av_net_lane(struct av_net *net);
-/* At rest: what was negotiated. mergeable: MRG_RXBUF. */
-void av_net_start(struct av_net *net, int mergeable);
+/* At rest: what was negotiated. mergeable: MRG_RXBUF. frame_max_bytes: the largest frame that is
+ * likely to come, without the header. */
+void av_net_start(struct av_net *net, int mergeable, uint32_t frame_max_bytes);
 /* At rest: forget buffers that were taken and not used; the driver resets the receive ring. */
 void av_net_stop(struct av_net *net);
 /* Whether the cable is in. Without it nothing is received, and what the guest sends is lost. */

@@ -27,12 +27,14 @@ struct av_net_rx {
     struct av_vring *ring;
     bool mergeable;
     bool readable; /* the TAP may hold packets: it was not seen empty since its last event */
+    bool is_staged; /* `staging` is behind the buffers held */
     bool starved;  /* the guest has no room: its kick goes on, not the TAP */
     /* Buffers held are contiguous: held[first_held..held_end) own iov[first_iov..iov_end). */
     uint32_t first_held, held_end;
     uint32_t first_iov, iov_end;
     uint32_t held_bytes;
     uint32_t guess;  /* bytes that the next packet may have, from the last one */
+    uint32_t packet_max; /* bytes beyond which none is expected */
     /* A packet of `staged` bytes that waits for buffers: what is beyond its first `staged_from`
      * bytes, which lie in those held, is in `staging`. 0: none. */
     uint32_t staged, staged_from;

@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #define BUDGET_PACKETS 128u
 /* How often the driver sees what came, so that it works while we read on. */
@@ -145,6 +146,22 @@ static int finish_staged(struct av_net *net)
     return 1;
 }
 
+/* Read a packet into the buffers held and, where it might be larger, `staging`. */
+static ssize_t read_packet(struct av_net *net)
+{
+    struct av_net_rx *rx = &net->rx;
+    struct iovec *iov = &rx->iov[rx->first_iov];
+    uint32_t count = rx->iov_end - rx->first_iov;
+
+    rx->is_staged = rx->held_bytes <= rx->packet_max;
+    rx->iov[rx->iov_end] =
+        (struct iovec){ .iov_base = rx->staging, .iov_len = AV_NET_PACKET_MAX_BYTES };
+    if (rx->is_staged)
+        count++;
+    return count == 1 ? read(net->fd, iov->iov_base, iov->iov_len)
+                      : readv(net->fd, iov, (int)count);
+}
+
 /* One packet; 1 done, 0 the guest has no room for it, -EAGAIN the TAP is empty, or -errno. */
 static int receive_one(struct av_net *net)
 {
@@ -159,13 +176,17 @@ static int receive_one(struct av_net *net)
         return result;
     if (rx->held_bytes == 0)
         return 0;
-    rx->iov[rx->iov_end] =
-        (struct iovec){ .iov_base = rx->staging, .iov_len = AV_NET_PACKET_MAX_BYTES };
-    got = readv(net->fd, &rx->iov[rx->first_iov], (int)(rx->iov_end - rx->first_iov) + 1);
+    got = read_packet(net);
     if (got <= 0)
         return got == 0 ? -EIO : -errno;
     if (got < (ssize_t)AV_NET_HEADER_BYTES)
         return 1;
+    if (!rx->is_staged && (uint32_t)got == rx->held_bytes) {
+        /* It was cut, for somebody has raised the MTU. */
+        rx->packet_max = AV_NET_PACKET_MAX_BYTES;
+        net->stats.rx_dropped++;
+        return 1;
+    }
     if (!wanted(rx, (uint32_t)got)) {
         net->stats.rx_filtered++;
         return 1;

@@ -1,4 +1,9 @@
-/* From the guest to the TAP. */
+/* From the guest to the TAP: one write() a packet, since a TAP takes no more at a time.
+ *
+ * io_uring would submit a batch of them with one system call. Measured with 64-byte packets on a
+ * bare TAP it sends 2.55 million a second with a registered file, 2.40 without, write() 2.47 and
+ * writev() of two pieces 2.26: what a packet costs is the kernel's network stack, not the call. That
+ * is not worth packets in flight, which every rest, reset and pause would have to wait for. */
 #include "net_internal.h"
 
 #include <errno.h>

@@ -91,7 +91,7 @@ HOLDER = """
 import asyncio
 from avmm.hostnet.tap import TapSettings, open_tap
 async def main():
-    tap = await open_tap(TapSettings("avt0", "10.9.8.1/24"))
+    tap = await open_tap(TapSettings("avt0", "10.9.8.1/24", queues=3))
     print("up", flush=True)
     await asyncio.Event().wait()
 asyncio.run(main())

@@ -84,6 +84,18 @@ async def test_a_large_frame_fills_several_buffers(plugged: Plugged) -> None:
         assert packet[12:] == frame
 
 
+async def test_a_frame_beyond_the_mtu_is_never_delivered_cut(plugged: Plugged) -> None:
+    frame = os.urandom(5000)
+    async with plugged(features.VERSION_1 | features.NET_MRG_RXBUF) as net:
+        net.offer_rx(40)
+        for _ in range(2):  # the host's MTU was raised, which the first one tells
+            net.tap.wire.send(HEADER + frame)
+        used = await net.rig.driver.used(RX, 3)
+        packet = b"".join(net.rig.memory.read(net.buffers[0, h], n) for h, n in used)
+        assert packet[12:] == frame
+        assert net.counter("rx_dropped") == 1
+
+
 @pytest.mark.parametrize(
     ("bits", "flags"),
     [

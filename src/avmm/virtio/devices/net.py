@@ -55,9 +55,7 @@ _CONFIG = struct.Struct("<6sHHH")
 _HOST_OFFLOADS = (
     features.NET_CSUM | features.NET_HOST_TSO4 | features.NET_HOST_TSO6 | features.NET_HOST_ECN
 )
-_GUEST_TSO = features.NET_GUEST_TSO4 | features.NET_GUEST_TSO6
-_GUEST_USO = features.NET_GUEST_USO4 | features.NET_GUEST_USO6
-_GUEST_OFFLOADS = features.NET_GUEST_CSUM | _GUEST_TSO | features.NET_GUEST_ECN
+_GUEST_OFFLOADS = features.NET_GUEST_CSUM | features.NET_GUEST_TSO | features.NET_GUEST_ECN
 _TUN_OFFLOADS = {
     features.NET_GUEST_CSUM: host_tap.OFFLOAD_CSUM,
     features.NET_GUEST_TSO4: host_tap.OFFLOAD_TSO4,
@@ -136,7 +134,7 @@ class NetDevice(VirtioDevice):
         offered = features.NET_MAC | features.NET_STATUS | features.NET_MRG_RXBUF
         offered |= _HOST_OFFLOADS | _GUEST_OFFLOADS | CONTROL_FEATURES | features.IN_ORDER
         if tap.uso:
-            offered |= features.NET_HOST_USO | _GUEST_USO
+            offered |= features.NET_HOST_USO | features.NET_GUEST_USO
         if config.mtu is not None:
             offered |= features.NET_MTU
         self._pairs_max = len(tap.fds)
@@ -283,7 +281,7 @@ class NetDevice(VirtioDevice):
         return True
 
     def _use_offloads(self, bits: int) -> bool:
-        if bits & ~(self.state.features & (_GUEST_OFFLOADS | _GUEST_USO)):
+        if bits & ~(self.state.features & (_GUEST_OFFLOADS | features.NET_GUEST_USO)):
             return False
         with self._outlive_the_tap():
             self.tap.set_offload(_tun_offloads(bits))
@@ -326,10 +324,10 @@ def _tun_offloads(bits: int) -> int:
     left out, and so is one USO without the other, which TAPs know only together."""
     if not bits & features.NET_GUEST_CSUM:
         return 0
-    if not bits & _GUEST_TSO:
+    if not bits & features.NET_GUEST_TSO:
         bits &= ~features.NET_GUEST_ECN
-    if bits & _GUEST_USO != _GUEST_USO:
-        bits &= ~_GUEST_USO
+    if bits & features.NET_GUEST_USO != features.NET_GUEST_USO:
+        bits &= ~features.NET_GUEST_USO
     return sum(flag for bit, flag in _TUN_OFFLOADS.items() if bits & bit)
 
 

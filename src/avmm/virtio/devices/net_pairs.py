@@ -14,6 +14,9 @@ from avmm.virtio.devices.net_filter import ReceiveFilter
 from avmm.virtio.home import HomeChoice, Lane
 from avmm.virtio.queue import Queue
 
+_ETHERNET_BYTES = 14 + 4
+_LARGE_BYTES = 64 * 1024 + _ETHERNET_BYTES
+
 COUNTERS = (
     *("rx_packets", "rx_bytes", "rx_dropped", "rx_filtered", "rx_copied"),
     *("tx_packets", "tx_bytes", "tx_dropped"),
@@ -67,6 +70,7 @@ class NativePairs:
     def __init__(
         self, device: VirtioDevice, tap: HostTap, queues: Sequence[Queue], choice: HomeChoice
     ) -> None:
+        self._tap = tap
         self._natives: list[CData] = []
         self._lanes: list[Lane] = []
         for fd, rx, tx in zip(tap.fds, queues[::2], queues[1::2], strict=True):
@@ -81,9 +85,12 @@ class NativePairs:
             self._lanes.append(lane)
 
     def activate(self, negotiated: int) -> None:
-        """Whether receive buffers are merged."""
+        """Whether receive buffers are merged, and how large frames are."""
+        mergeable = bool(negotiated & features.NET_MRG_RXBUF)
+        large = negotiated & (features.NET_GUEST_TSO | features.NET_GUEST_USO)
+        frame_max = _LARGE_BYTES if large else self._tap.mtu + _ETHERNET_BYTES
         for native in self._natives:
-            lib.av_net_start(native, bool(negotiated & features.NET_MRG_RXBUF))
+            lib.av_net_start(native, mergeable, frame_max)
 
     def resume(self, active: Sequence[bool]) -> None:
         """The device starts the lanes that are enabled."""
