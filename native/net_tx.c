@@ -11,8 +11,9 @@
 #include <unistd.h>
 
 #define BUDGET_PACKETS 128u
-/* How often the driver sees what went, so that it can use the room while we go on. */
-#define FLUSH_EVERY 32u
+/* How often a driver that looks sees what went, so that it can use the room while we go on; for
+ * one interrupt all the same. */
+#define SHOW_EVERY 32u
 
 /* Send one chain; 0, or -EAGAIN when the TAP is full. */
 static int send_one(struct av_net *net, const struct av_chain *chain)
@@ -53,8 +54,8 @@ int av_net_transmit(struct av_net *net)
             result = 0;
             break;
         }
-        if (--left % FLUSH_EVERY == 0)
-            av_vring_flush(ring);
+        if (--left % SHOW_EVERY == 0)
+            av_vring_show(ring);
     }
     av_vring_flush(ring);
     return result;
