@@ -190,6 +190,13 @@ async def test_a_paused_guest_writes_nothing_until_it_is_resumed(tiny_guest: Ass
         assert vm.console.end > before
 
 
+async def test_a_cable_is_plugged_only_where_there_is_a_nic(tiny_guest: Assemble) -> None:
+    async with avmm.MicroVM(config(tiny_guest("1: jmp 1b"), rng=True)) as vm:
+        for id in ("net0", "rng0"):
+            with pytest.raises(avmm.ConfigError, match=f"no NIC '{id}'"):
+                vm.set_link(id, False)
+
+
 async def test_leaving_the_block_ends_the_guest(tiny_guest: Assemble) -> None:
     async with avmm.MicroVM(config(tiny_guest("1: jmp 1b"))) as vm:
         assert vm.state is avmm.State.RUNNING
