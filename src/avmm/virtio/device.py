@@ -204,6 +204,7 @@ class VirtioDevice(Hooks):
             for queue in self.queues:
                 if (kind := queue.fault) != NO_FAULT:
                     return GuestFault(kind, f"Queue {queue.index}: {kind}")
+            return GuestFault("ring", f"{op}: a ring was broken, and set up again since")
         return HostError(self.device_type.name, op=op, errno=-result)
 
     def statistics(self) -> DeviceStatistics:

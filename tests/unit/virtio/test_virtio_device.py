@@ -121,8 +121,11 @@ async def test_a_fault_interrupts_once_until_the_reset(rig: Rig[Bell]) -> None:
     assert rig.device.statistics().interrupts == before + 1
 
 
-async def test_a_negative_result_without_a_dead_ring_is_the_hosts_doing(rig: Rig[Bell]) -> None:
-    assert isinstance(rig.device.failure(-errno.EPROTO, "ring"), HostError)
+async def test_a_broken_ring_stays_the_guests_doing_when_it_is_set_up_again(
+    rig: Rig[Bell],
+) -> None:
+    assert isinstance(rig.device.failure(-errno.EPROTO, "ring"), GuestFault)
+    assert isinstance(rig.device.failure(-errno.EIO, "ring"), HostError)
 
 
 async def test_statistics_outlive_the_device() -> None:
