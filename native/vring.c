@@ -64,6 +64,8 @@ int av_vring_start(struct av_vring *ring, const struct av_vring_setup *setup)
     result = ring->is_packed ? av_vring_packed_start(ring, setup)
                              : av_vring_split_start(ring, setup);
     ring->running = result == 0;
+    if (result == 0)
+        av_inflight_start(ring, ring->is_packed || !setup->resume ? NULL : setup->inflight);
     return result;
 }
 
@@ -117,6 +119,8 @@ int av_vring_pop(struct av_vring *ring, struct av_chain *out, struct iovec *iov,
                              : av_vring_split_pop(ring, out, iov, iov_max);
     if (result > 0)
         ring->stats.chains++;
+    if (result > 0 && ring->inflight.region != NULL)
+        av_inflight_take(ring, out->head);
     return result;
 }
 
@@ -133,6 +137,8 @@ void av_vring_push(struct av_vring *ring, uint16_t head, uint32_t written_bytes)
 {
     if (!ring->running)
         return;
+    if (ring->inflight.region != NULL)
+        av_inflight_push(ring, head);
     if (ring->is_packed)
         av_vring_packed_push(ring, head, written_bytes);
     else
@@ -147,6 +153,8 @@ void av_vring_show(struct av_vring *ring)
     ring->last_whole = false;
     ring->shown +=
         ring->is_packed ? av_vring_packed_publish(ring) : av_vring_split_publish(ring);
+    if (ring->inflight.region != NULL)
+        av_inflight_publish(ring);
 }
 
 void av_vring_flush(struct av_vring *ring)

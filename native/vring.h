@@ -46,7 +46,9 @@ struct av_vring_stats {
  * resume: go on at `base` as vhost-user's GET_VRING_BASE gives it, not in an empty ring. For a
  * split ring that is the available index, and the used index is read from memory; for a packed one
  * the offset and, in bit 15, the wrap counter of the next chain to take, and in the upper half of
- * the next used descriptor. */
+ * the next used descriptor.
+ * inflight: where a split ring that is resumed keeps what is in flight. What another process left
+ * there is taken first, whatever `base` says. */
 struct av_vring_setup {
     uint64_t desc_gpa;
     uint64_t driver_gpa;
@@ -55,11 +57,13 @@ struct av_vring_setup {
     uint32_t size;
     uint32_t base;
     uint8_t resume;
+    uint8_t *inflight; /* av_vring_inflight_bytes() that outlive this process, or NULL */
 };
 
 struct av_vring;
 struct av_vring *av_vring_create(const struct av_gmem *mem, struct av_interrupt *interrupt);
 void av_vring_destroy(struct av_vring *ring);
+uint32_t av_vring_inflight_bytes(uint32_t size);
 /* Begin; 0, -EINVAL for a bad size, alignment or base, -EFAULT outside of memory. */
 int av_vring_start(struct av_vring *ring, const struct av_vring_setup *setup);
 /* Let go of the driver's memory. Chains taken and not used are forgotten: see av_vring_unpop(). */
@@ -83,7 +87,8 @@ struct av_chain {
 
 /* Take the next chain into iov[0..iov_max). 1 taken, 0 none, -EPROTO the guest broke the ring. */
 int av_vring_pop(struct av_vring *ring, struct av_chain *out, struct iovec *iov, uint32_t iov_max);
-/* Give back the chain popped last; called again, the one before it, and so on. */
+/* Not for a ring that keeps what is in flight.
+ * Give back the chain popped last; called again, the one before it, and so on. */
 void av_vring_unpop(struct av_vring *ring);
 /* Fill the next used element; the driver does not see it before av_vring_flush(). A device that
  * offers IN_ORDER gives chains back as it took them, and of each what it says is written is

@@ -79,6 +79,17 @@ struct av_taken {
     uint32_t writable_bytes; /* IN_ORDER */
 };
 
+/* See vring_inflight.c. */
+struct av_inflight_region;
+struct av_inflight {
+    struct av_inflight_region *region; /* NULL: none is kept */
+    uint64_t counter;                  /* the next chain's */
+    uint16_t again_at, agains;         /* chains of another process still to be taken */
+    uint16_t batched;                  /* chains given back since the last flush */
+    uint16_t again[AV_VRING_SIZE_MAX];
+    uint16_t batch[AV_VRING_SIZE_MAX];
+};
+
 struct av_vring {
     const struct av_gmem *mem;
     const struct av_gmem_region *near; /* where the last address was found */
@@ -98,6 +109,7 @@ struct av_vring {
     struct av_split split;
     struct av_packed packed;
     struct av_taken taken[AV_VRING_SIZE_MAX];
+    struct av_inflight inflight;
 };
 
 static inline uint16_t av_load16(const uint16_t *at)
@@ -129,6 +141,13 @@ uint16_t av_vring_split_publish(struct av_vring *ring);
 bool av_vring_split_wants_interrupt(const struct av_vring *ring, uint16_t published);
 void av_vring_split_kicks(struct av_vring *ring, bool on);
 bool av_vring_split_pending(const struct av_vring *ring);
+
+/* Only while there is a region. start(): after the ring's own; NULL: there is none. publish():
+ * after the ring's own. */
+void av_inflight_start(struct av_vring *ring, void *memory);
+void av_inflight_take(struct av_vring *ring, uint16_t head);
+void av_inflight_push(struct av_vring *ring, uint16_t head);
+void av_inflight_publish(struct av_vring *ring);
 
 int av_vring_packed_start(struct av_vring *ring, const struct av_vring_setup *setup);
 uint32_t av_vring_packed_base(const struct av_vring *ring);

@@ -97,17 +97,25 @@ int av_vring_split_pop(struct av_vring *ring, struct av_chain *out, struct iovec
                        uint32_t iov_max)
 {
     struct av_walk walk = { .out = out, .iov_max = iov_max };
-    int result = available(ring), fault;
+    bool again = ring->inflight.again_at != ring->inflight.agains;
+    int result = again ? 1 : available(ring), fault;
 
     if (result <= 0)
         return result;
-    *out = (struct av_chain){ .head = head_at(ring, ring->next_avail), .iov = iov };
+    *out = (struct av_chain){
+        .head = again ? ring->inflight.again[ring->inflight.again_at]
+                      : head_at(ring, ring->next_avail),
+        .iov = iov,
+    };
     fault = follow(ring, out->head, &walk);
     if (fault != AV_FAULT_NONE)
         return av_vring_break(ring, fault);
     if (ring->in_order)
         ring->taken[out->head].writable_bytes = out->writable_bytes;
-    ring->next_avail++;
+    if (again)
+        ring->inflight.again_at++;
+    else
+        ring->next_avail++;
     return 1;
 }
 
@@ -169,5 +177,6 @@ void av_vring_split_kicks(struct av_vring *ring, bool on)
 
 bool av_vring_split_pending(const struct av_vring *ring)
 {
-    return av_load16(&ring->split.avail->idx) != ring->next_avail;
+    return ring->inflight.again_at != ring->inflight.agains ||
+           av_load16(&ring->split.avail->idx) != ring->next_avail;
 }

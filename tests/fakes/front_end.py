@@ -78,6 +78,15 @@ class FrontEnd:
         assert answered == request
         return data
 
+    async def ask_with_fd(self, request: int, payload: bytes) -> tuple[bytes, list[int]]:
+        """The answer to a request whose answer may bring a descriptor."""
+        self.send(request, payload)
+        await readable(self.socket.fileno())
+        head, fds, _, _ = socket.recv_fds(self.socket, 12, 1)
+        answered, _, size = struct.unpack("<III", head)
+        assert answered == request
+        return await self._exactly(size), fds
+
     async def ask_u64(self, request: int) -> int:
         return int.from_bytes(await self.ask(request), "little")
 
@@ -112,6 +121,9 @@ class FrontEnd:
         """From the connection to `count` running rings."""
         await self.negotiate(accepted)
         assert await self.set_memory() == 0
+        await self.add_rings(count, size=size)
+
+    async def add_rings(self, count: int, *, size: int) -> None:
         gpa = _QUEUES_GPA
         for index in range(count):
             queue = driver_queue(self.memory, gpa, size, self.negotiated)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from dataclasses import dataclass
+
 from avmm.block.raw import RawDisk
-from avmm.units import MIB
+from avmm.units import KIB, MIB
+from avmm.vhost_user.server import VhostUserServer
 
 SIZE_BYTES = 4 * MIB
 
@@ -18,3 +23,25 @@ class PipeDisk(RawDisk):
         self.is_device = False
         self.alignment_bytes = 1
         self.size_bytes = SIZE_BYTES
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """A served disk that writes to a full pipe: drain() lets its writes end."""
+
+    server: VhostUserServer
+    read_fd: int
+    write_fd: int
+
+    def fill(self) -> None:
+        os.set_blocking(self.write_fd, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(self.write_fd, bytes(4 * KIB))
+        os.set_blocking(self.write_fd, True)
+
+    def drain(self) -> None:
+        os.set_blocking(self.read_fd, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.read(self.read_fd, MIB)

@@ -30,7 +30,7 @@ NAMESPACE = f"avmm-vu-{os.getpid()}"
 HOST, GUEST, PORT = "10.99.0.1", "10.99.0.2", 5001
 FILE_BYTES = 4 * MIB
 
-# The second part writes through a server that is replaced meanwhile.
+# The disk's server is replaced while the guest writes: once it ends by itself, once it is killed.
 SCRIPT = f"""
 set -e
 test "$(cat /sys/block/vda/serial)" = served
@@ -47,14 +47,16 @@ ifconfig eth0 {GUEST} up
 ping -c 2 -W 10 {HOST} >/dev/null && echo "FACT ping ok"
 wget -q -O /run/down http://{HOST}:{PORT}/sent
 echo "FACT down $(sum </run/down)"
-echo RESTART
-for i in 0 1 2 3 4 5 6 7 8 9; do
-    cp /run/a /mnt/b$i
-    sync
+for p in RESTART KILL; do
+    echo $p
+    for i in 1 2 3 4 5; do cp /run/a /mnt/$p$i; sync; done
 done
+dd if=/run/a of=/dev/vdb bs=64k 2>/dev/null
+sync
 echo 3 >/proc/sys/vm/drop_caches
-for i in 0 1 2 3 4 5 6 7 8 9; do cmp /run/a /mnt/b$i; done
+for file in /mnt/[RK]*; do cmp /run/a $file; done
 umount /mnt
+echo "FACT packed $(sum </dev/vdb)"
 echo "FACT whole ok"
 """
 
@@ -129,7 +131,7 @@ async def server(
         yield child
 
 
-def qemu(assets: Assets, blk: str, net: str) -> list[str]:
+def qemu(assets: Assets, blk: str, packed: str, net: str) -> list[str]:
     script = base64.b64encode(SCRIPT.encode()).decode()
     cmdline = f"console=ttyS0 quiet panic=-1 avmm.cmd={script}"
     assert len(cmdline) < 2048
@@ -141,6 +143,8 @@ def qemu(assets: Assets, blk: str, net: str) -> list[str]:
         "-initrd", str(assets.initrd("cloud")), "-append", cmdline, "-serial", "stdio",
         "-chardev", f"socket,id=blk,path={blk},reconnect=1",
         "-device", "vhost-user-blk-pci,chardev=blk,num-queues=2",
+        "-chardev", f"socket,id=packed,path={packed}",
+        "-device", "vhost-user-blk-pci,chardev=packed,num-queues=1,packed=on",
         # Without KVM, QEMU 7.2 follows a null pointer when a NIC of vhost-user has MSI-X.
         "-chardev", f"socket,id=net,path={net}", "-netdev", "vhost-user,id=net,chardev=net",
         "-device", "virtio-net-pci,netdev=net,vectors=0",
@@ -155,7 +159,9 @@ def test_a_qemu_guest_uses_our_disk_and_our_nic(tmp_path: Path, namespace: str) 
     served = tmp_path / "served"
     served.mkdir()
     sent = random_file(served / "sent", FILE_BYTES)
-    blk, net = f"{tmp_path}/blk", f"{tmp_path}/net"
+    blk, packed, net = f"{tmp_path}/blk", f"{tmp_path}/packed", f"{tmp_path}/net"
+    second_disk = tmp_path / "second.img"
+    second_disk.write_bytes(bytes(FILE_BYTES))
     blk_server = (
         *("blk", "--socket", blk, "--disk", str(disk)),
         *("--serial", "served", "--num-queues", "2", "--io-threads", "2"),
@@ -164,6 +170,9 @@ def test_a_qemu_guest_uses_our_disk_and_our_nic(tmp_path: Path, namespace: str) 
     async def run() -> Guest:
         async with AsyncExitStack() as stack, asyncio.timeout(BOOT_LIMIT_S):
             first = await stack.enter_async_context(server(*blk_server))
+            await stack.enter_async_context(
+                server("blk", "--socket", packed, "--disk", str(second_disk))
+            )
             await stack.enter_async_context(
                 server("net", "--socket", net, "--tap", "tap0", "--host", f"{HOST}/24",
                        netns=namespace)
@@ -175,13 +184,17 @@ def test_a_qemu_guest_uses_our_disk_and_our_nic(tmp_path: Path, namespace: str) 
             )  # fmt: skip
             guest = Guest(
                 await stack.enter_async_context(
-                    process(*qemu(assets, blk, net), stdout=asyncio.subprocess.PIPE)
+                    process(*qemu(assets, blk, packed, net), stdout=asyncio.subprocess.PIPE)
                 )
             )
             await guest.says("RESTART")
             first.send_signal(signal.SIGTERM)
             await first.communicate()
             assert first.returncode == 0
+            second = await stack.enter_async_context(server(*blk_server))
+            await guest.says("KILL")
+            second.kill()
+            await second.communicate()
             await stack.enter_async_context(server(*blk_server))
             await guest.says("AVMM-EXIT: 0")
             return guest
@@ -189,6 +202,7 @@ def test_a_qemu_guest_uses_our_disk_and_our_nic(tmp_path: Path, namespace: str) 
     guest = asyncio.run(run())
     assert guest.fact("written") == guest.fact("read")
     assert guest.fact("written") == hashlib.sha256(read_from_ext4(disk, "/a")).hexdigest()
+    assert guest.fact("packed") == guest.fact("written")
     assert guest.fact("down") == sent
     assert guest.fact("ping") == guest.fact("whole") == "ok"
     assert_clean(disk)

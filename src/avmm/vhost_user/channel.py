@@ -54,9 +54,11 @@ class Channel:
                 os.close(fd)
             raise
 
-    async def send(self, data: bytes) -> None:
-        """Send an answer. Raises Closed."""
+    async def send(self, data: bytes, fd: int | None = None) -> None:
+        """Send an answer, with a descriptor, which stays the caller's. Raises Closed."""
         try:
+            if fd is not None:
+                data = data[await self._send_with(data, fd) :]
             await self._loop.sock_sendall(self._socket, data)
         except ConnectionError as e:
             raise Closed from e
@@ -64,6 +66,13 @@ class Channel:
     def close(self) -> None:
         """Close the connection. Idempotent."""
         self._socket.close()
+
+    async def _send_with(self, data: bytes, fd: int) -> int:
+        while True:
+            try:
+                return socket.send_fds(self._socket, [data], [fd])
+            except BlockingIOError:
+                await writable(self._socket.fileno())
 
     async def _exactly(self, size_bytes: int, fds: list[int]) -> bytes:
         data = b""
@@ -100,14 +109,20 @@ class Channel:
 async def readable(fd: int) -> None:
     """Wait until `fd` is readable. Loop."""
     loop = asyncio.get_running_loop()
-    event = loop.create_future()
-
-    def ready() -> None:
-        if not event.done():
-            event.set_result(None)
-
-    loop.add_reader(fd, ready)
+    event = asyncio.Event()
+    loop.add_reader(fd, event.set)
     try:
-        await event
+        await event.wait()
     finally:
         loop.remove_reader(fd)
+
+
+async def writable(fd: int) -> None:
+    """Wait until `fd` is writable. Loop."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    loop.add_writer(fd, event.set)
+    try:
+        await event.wait()
+    finally:
+        loop.remove_writer(fd)

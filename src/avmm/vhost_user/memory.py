@@ -74,30 +74,37 @@ class FrontEndMemory(GuestMemory):
 
     def _map(self, region: TableRegion, fd: int) -> Region:
         what = f"Memory at {region.gpa:#x}"
+        mapping, start = self.map(what, fd, region.size_bytes, region.offset_bytes)
+        return Region(Gpa(region.gpa), region.size_bytes, mapping, start)
+
+    def map(self, what: str, fd: int, size_bytes: int, offset_bytes: int) -> tuple[mmap.mmap, int]:
+        """A piece of a front-end's file, and where it begins in the mapping.
+
+        what: for the messages. Raises GuestFault("front-end") or HostError("memory").
+        """
         file = os.fstat(fd)
         if not stat.S_ISREG(file.st_mode):
             raise GuestFault("front-end", f"{what}: its descriptor is not a file's")
-        end = region.offset_bytes + region.size_bytes
+        end = offset_bytes + size_bytes
         if end > file.st_size:
             raise GuestFault(
                 "front-end",
-                f"{what}: {region.size_bytes} bytes at {region.offset_bytes} of a file of "
-                f"{file.st_size}",
+                f"{what}: {size_bytes} bytes at {offset_bytes} of a file of {file.st_size}",
             )
         self._check_seals(what, fd)
         # A huge page is mapped as a whole, and hugetlbfs says its size as the block size.
         page_bytes = max(file.st_blksize, mmap.PAGESIZE)
-        start = region.offset_bytes & -page_bytes
-        size_bytes = min(align_up(end, page_bytes), file.st_size) - start
+        start = offset_bytes & -page_bytes
+        whole_bytes = min(align_up(end, page_bytes), file.st_size) - start
         try:
-            mapping = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, offset=start)
+            mapping = mmap.mmap(fd, whole_bytes, flags=mmap.MAP_SHARED, offset=start)
         except (OSError, ValueError) as e:  # ValueError: it has shrunk meanwhile
             raise HostError(
                 "memory",
-                op=f"Mapping {region.size_bytes} bytes of the front-end's memory",
+                op=f"Mapping {size_bytes} bytes of the front-end's memory",
                 errno=getattr(e, "errno", None),
             ) from e
-        return Region(Gpa(region.gpa), region.size_bytes, mapping, region.offset_bytes - start)
+        return mapping, offset_bytes - start
 
     def _check_seals(self, what: str, fd: int) -> None:
         with contextlib.suppress(OSError):  # only memfds have seals

@@ -8,6 +8,7 @@ GuestFault("front-end"), and ends its connection.
 from __future__ import annotations
 
 import enum
+import functools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ F_PROTOCOL_FEATURES = 1 << 30
 """Among the virtio features: the back-end knows GET_ and SET_PROTOCOL_FEATURES."""
 
 REGIONS_MAX = 8
+QUEUE_SIZE_MAX = 1024
 CONFIG_BYTES_MAX = 256
 PAYLOAD_BYTES_MAX = 12 + CONFIG_BYTES_MAX
 """Of every message of ours: the longest is one with a configuration space."""
@@ -31,6 +33,7 @@ class ProtocolFeature(enum.IntFlag):
     MQ = 1 << 0
     REPLY_ACK = 1 << 3
     CONFIG = 1 << 9
+    INFLIGHT_SHMFD = 1 << 12
     RESET_DEVICE = 1 << 13
 
 
@@ -55,6 +58,8 @@ class Request(enum.IntEnum):
     SET_VRING_ENABLE = 18
     GET_CONFIG = 24
     SET_CONFIG = 25
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
     RESET_DEVICE = 34
 
 
@@ -65,6 +70,7 @@ ANSWERED = frozenset(
         Request.GET_PROTOCOL_FEATURES,
         Request.GET_QUEUE_NUM,
         Request.GET_CONFIG,
+        Request.GET_INFLIGHT_FD,
     }
 )
 """Requests with a reply of their own; the others have one only by NEED_REPLY."""
@@ -84,6 +90,9 @@ _VRING_ADDRESSES = struct.Struct("<IIQQQQ")
 _TABLE_HEAD = struct.Struct("<I4x")
 _REGION = struct.Struct("<QQQQ")
 _CONFIG_HEAD = struct.Struct("<III")
+_INFLIGHT = struct.Struct("<QQHH")
+_INFLIGHT_PADDED_BYTES = 24
+"""Some front-ends, QEMU among them, send their compiler's padding, and expect it."""
 
 HEADER_BYTES = _HEADER.size
 
@@ -163,7 +172,28 @@ class ConfigAccess:
     data: bytes
 
 
-Payload = None | U64 | VringState | VringAddresses | VringFile | MemoryTable | ConfigAccess
+@dataclass(frozen=True, slots=True)
+class InflightMemory:
+    """Where what is in flight is kept; size_bytes: from offset_bytes on, in the file that comes
+    along. payload_bytes: of the message, whose answer is as long."""
+
+    size_bytes: int
+    offset_bytes: int
+    queues: int
+    queue_size: int
+    payload_bytes: int
+
+
+Payload = (
+    None
+    | U64
+    | VringState
+    | VringAddresses
+    | VringFile
+    | MemoryTable
+    | ConfigAccess
+    | InflightMemory
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +254,12 @@ def vring_state(index: int, value: int) -> bytes:
 def config(access: ConfigAccess, data: bytes) -> bytes:
     """The payload of GET_CONFIG's answer."""
     return _CONFIG_HEAD.pack(access.offset, len(data), 0) + data
+
+
+def inflight(memory: InflightMemory) -> bytes:
+    """The payload of GET_INFLIGHT_FD's answer."""
+    fields = (memory.size_bytes, memory.offset_bytes, memory.queues, memory.queue_size)
+    return _INFLIGHT.pack(*fields).ljust(memory.payload_bytes, b"\0")
 
 
 def _fault(message: str) -> GuestFault:
@@ -292,6 +328,17 @@ def _config(payload: bytes, fds: int) -> ConfigAccess:
     return ConfigAccess(offset, data)
 
 
+def _inflight(payload: bytes, fds: int, expected_fds: int) -> InflightMemory:
+    _expect_fds(fds, expected_fds)
+    if len(payload) not in (_INFLIGHT.size, _INFLIGHT_PADDED_BYTES):
+        raise _fault(f"{len(payload)} bytes of payload")
+    size_bytes, offset_bytes, queues, queue_size = _INFLIGHT.unpack_from(payload)
+    memory = InflightMemory(size_bytes, offset_bytes, queues, queue_size, len(payload))
+    if memory.queues == 0 or not 0 < memory.queue_size <= QUEUE_SIZE_MAX:
+        raise _fault(f"{memory.queues} queues of {memory.queue_size}")
+    return memory
+
+
 _PARSERS: dict[Request, Callable[[bytes, int], Payload]] = {
     Request.SET_FEATURES: _u64,
     Request.SET_MEM_TABLE: _memory_table,
@@ -306,4 +353,6 @@ _PARSERS: dict[Request, Callable[[bytes, int], Payload]] = {
     Request.SET_VRING_ENABLE: _vring_state,
     Request.GET_CONFIG: _config,
     Request.SET_CONFIG: _config,
+    Request.GET_INFLIGHT_FD: functools.partial(_inflight, expected_fds=0),
+    Request.SET_INFLIGHT_FD: functools.partial(_inflight, expected_fds=1),
 }

@@ -20,6 +20,7 @@ class Profile:
         ProtocolFeature.MQ
         | ProtocolFeature.REPLY_ACK
         | ProtocolFeature.CONFIG
+        | ProtocolFeature.INFLIGHT_SHMFD
         | ProtocolFeature.RESET_DEVICE
     )
     rings_a_queue: int = 1
@@ -32,9 +33,10 @@ _PROFILES = {
     BLK.name: Profile(),
     # Front-ends serve the control queue and have a configuration space of their own; QEMU warns
     # of a NIC's that it is offered.
+    # What a NIC had in flight its driver sends again anyway.
     NET.name: Profile(
         hidden=CONTROL_FEATURES,
-        protocol=Profile().protocol & ~ProtocolFeature.CONFIG,
+        protocol=Profile().protocol & ~(ProtocolFeature.CONFIG | ProtocolFeature.INFLIGHT_SHMFD),
         rings_a_queue=2,
         own_rings=1,
     ),

@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from avmm.errors import GuestFault, HostError
-from avmm.vhost_user import message
+from avmm.vhost_user import inflight, message
 from avmm.vhost_user.channel import Channel, Closed, Incoming
 from avmm.vhost_user.message import (
     ANSWERED,
     U64,
     ConfigAccess,
+    InflightMemory,
     MemoryTable,
     ProtocolFeature,
     Request,
@@ -58,6 +60,8 @@ class Session:
             Request.SET_VRING_ENABLE: self._set_vring_enable,
             Request.GET_CONFIG: self._get_config,
             Request.SET_CONFIG: self._set_config,
+            Request.GET_INFLIGHT_FD: self._get_inflight_fd,
+            Request.SET_INFLIGHT_FD: self._set_inflight_fd,
             Request.RESET_DEVICE: self._reset_device,
         }
 
@@ -95,7 +99,8 @@ class Session:
                 await self._acknowledge(header.request, success=False)
             raise
         if payload is not None:
-            await self._channel.send(message.reply(header.request, payload))
+            fd = incoming.fds[0] if incoming.fds else None
+            await self._channel.send(message.reply(header.request, payload), fd)
         elif wants_ack:
             await self._acknowledge(header.request, success=True)
 
@@ -176,6 +181,18 @@ class Session:
 
     async def _set_config(self, payload: ConfigAccess, fds: list[int]) -> None:
         self._transport.device.write_config(payload.offset, payload.data)
+
+    async def _get_inflight_fd(self, payload: InflightMemory, fds: list[int]) -> bytes:
+        if payload.queues > len(self._transport.vrings):
+            raise GuestFault("front-end", f"What {payload.queues} rings have in flight")
+        if not self._transport.keeps_inflight:
+            return message.inflight(replace(payload, size_bytes=0))
+        payload, fd = inflight.create(payload)
+        fds.append(fd)  # it goes with the answer, and is closed like those that came
+        return message.inflight(payload)
+
+    async def _set_inflight_fd(self, payload: InflightMemory, fds: list[int]) -> None:
+        self._transport.set_inflight(payload, fds[0])
 
     async def _reset_device(self, payload: None, fds: list[int]) -> None:
         await self._transport.reset()

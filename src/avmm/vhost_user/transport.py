@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from avmm.errors import GuestFault
+from avmm.vhost_user.inflight import Inflight
 from avmm.vhost_user.memory import FrontEndMemory
-from avmm.vhost_user.message import F_PROTOCOL_FEATURES, MemoryTable, VringAddresses
+from avmm.vhost_user.message import (
+    F_PROTOCOL_FEATURES,
+    InflightMemory,
+    MemoryTable,
+    VringAddresses,
+)
 from avmm.vhost_user.profile import profile_of
 from avmm.vhost_user.vring import Vring
+from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.interrupt import NO_FD
 from avmm.virtio.state import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
@@ -33,6 +40,7 @@ class VhostUserTransport:
         rings = len(device.queues) - self.profile.own_rings
         self.vrings = [Vring(queue) for queue in device.queues[:rings]]
         self._features = 0
+        self._inflight: Inflight | None = None
 
     @property
     def offered(self) -> int:
@@ -61,18 +69,31 @@ class VhostUserTransport:
         """The driver's features, with which the next ring starts."""
         if value & ~self.offered:
             raise GuestFault("front-end", f"Features {value:#x}; offered are {self.offered:#x}")
-        features = value & ~F_PROTOCOL_FEATURES
-        if features != self._features:
+        accepted = value & ~F_PROTOCOL_FEATURES
+        if accepted != self._features:
             if any(vring.queue.ready for vring in self.vrings):
                 raise GuestFault("front-end", "Features are changed while rings run")
             await self.device.reset()
-            self._features = features
+            self._features = accepted
         if not value & F_PROTOCOL_FEATURES:
             await self._change(self.vrings, _enable)
 
     async def set_memory(self, table: MemoryTable, fds: Sequence[int]) -> None:
         """Other memory, under rings that may be running."""
         await self._change(self.vrings, lambda _: None, lambda: self.memory.replace(table, fds))
+
+    @property
+    def keeps_inflight(self) -> bool:
+        """Whether its rings can keep what is in flight in memory of the front-end's."""
+        return not self._features & features.RING_PACKED
+
+    def set_inflight(self, where: InflightMemory, fd: int) -> None:
+        """Where the rings that are started next keep what is in flight; `fd` stays the caller's."""
+        if any(vring.queue.ready for vring in self.vrings):
+            raise GuestFault("front-end", "Memory for what is in flight comes while rings run")
+        inflight = Inflight(self.memory, where, fd)
+        self._forget_inflight()
+        self._inflight = inflight
 
     async def set_addresses(self, addresses: VringAddresses) -> None:
         """Where a ring is; front-ends say it again while it runs."""
@@ -115,6 +136,7 @@ class VhostUserTransport:
         await self.device.reset()
         for vring in self.vrings:
             vring.close()
+        self._forget_inflight()
         self.memory.close()
 
     def signal_error(self) -> None:
@@ -144,9 +166,14 @@ class VhostUserTransport:
         finally:
             await device.resume()
 
+    def _forget_inflight(self) -> None:
+        if self._inflight is not None:
+            self._inflight.close()
+            self._inflight = None
+
     async def _start(self, vring: Vring) -> None:
         await self._activate()
-        vring.place(self.memory.gpa_of)
+        vring.place(self.memory.gpa_of, self._inflight if self.keeps_inflight else None)
         await self.device.set_queue_ready(vring.queue, True, vring.base)
         if not vring.queue.ready:
             raise GuestFault("front-end", f"Ring {vring.queue.index} cannot be started")

@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable
 
 from avmm.errors import GuestFault
+from avmm.native import ffi
 from avmm.units import Gpa
+from avmm.vhost_user.inflight import Inflight
 from avmm.vhost_user.message import VringAddresses
 from avmm.virtio.interrupt import NO_FD
 from avmm.virtio.queue import Queue
@@ -35,8 +37,8 @@ class Vring:
         """Whether the ring is to run."""
         return self.enabled and self._kick_fd != NO_FD
 
-    def place(self, gpa_of: Callable[[int], Gpa]) -> None:
-        """Tell the queue where it is. Raises GuestFault("front-end")."""
+    def place(self, gpa_of: Callable[[int], Gpa], inflight: Inflight | None) -> None:
+        """Tell the queue where it is, and what is in flight. Raises GuestFault("front-end")."""
         if self.size is None or self.addresses is None:
             raise GuestFault(
                 "front-end", f"Ring {self.queue.index} is started without size and addresses"
@@ -45,6 +47,8 @@ class Vring:
         self.queue.desc_gpa = gpa_of(self.addresses.desc_uva)
         self.queue.driver_gpa = gpa_of(self.addresses.driver_uva)
         self.queue.device_gpa = gpa_of(self.addresses.device_uva)
+        if inflight is not None:
+            self.queue.inflight = inflight.part(self.queue.index, self.size)
 
     def set_kick(self, fd: int) -> None:
         """The descriptor the front-end kicks by; NO_FD: none. Takes it over. At rest."""
@@ -79,6 +83,7 @@ class Vring:
 
     def close(self) -> None:
         """Give the descriptors back. At rest; idempotent."""
+        self.queue.inflight = ffi.NULL
         self.queue.interrupt.set_fd(NO_FD)
         self._call_fd = _replace(self._call_fd, NO_FD)
         self.set_kick(NO_FD)

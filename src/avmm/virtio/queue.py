@@ -45,7 +45,8 @@ class Queue:
 
     ready: the driver said that the queue is set up, and the ring has accepted it.
     kick_fd: an eventfd that is written when the driver notifies the queue; owned, unless another
-    one was lent. interrupt: borrowed.
+    one was lent. interrupt: borrowed. inflight: where a ring that is resumed keeps what is in
+    flight (native/vring.h), lent while the queue is ready; NULL: nowhere.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Queue:
         self.index = index
         self.max_size = max_size
         self.interrupt = interrupt
+        self.inflight: CData = ffi.NULL
         self._own_kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.kick_fd = self._own_kick_fd
         self.ring: CData = lib.av_vring_create(memory.native, interrupt.native)
@@ -89,7 +91,7 @@ class Queue:
         setup.device_gpa = self.device_gpa
         setup.features, setup.size = features, size
         if base is not None:
-            setup.resume, setup.base = True, base
+            setup.resume, setup.base, setup.inflight = True, base, self.inflight
         if lib.av_vring_start(self.ring, setup) < 0:
             begin = "" if base is None else f" from {base:#x} on"
             raise GuestFault(

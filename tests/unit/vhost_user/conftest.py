@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import pytest_asyncio
 
 import fakes.front_end
+from avmm.errors import HostError
 from avmm.units import MIB
 from avmm.vhost_user.server import VhostUserServer
-from avmm.virtio.devices.blk import Disk
+from avmm.virtio.devices.blk import BLK, BlkDevice, Disk
+from avmm.virtio.devtype import DeviceContext, DeviceType
+from fakes.pipe_disk import PipeDisk, Stuck
 
 DISK_BYTES = MIB
 
@@ -53,3 +58,28 @@ async def server(
     disk = Disk(str(image), serial="served")
     async with VhostUserServer(disk, socket_path, io_threads=request.param) as server:
         yield server
+
+
+@pytest.fixture
+async def stuck(socket_path: str) -> AsyncIterator[Stuck]:
+    read_fd, write_fd = os.pipe()
+
+    async def build(config: Disk, context: DeviceContext) -> BlkDevice:
+        return BlkDevice(config, PipeDisk(write_fd), context)
+
+    class OnAPipe(Disk, frozen=True):
+        device_type: ClassVar[DeviceType] = replace(BLK, build=build)
+
+    try:
+        async with VhostUserServer(OnAPipe("pipe", engine="io_uring"), socket_path) as server:
+            disk = Stuck(server, read_fd, write_fd)
+            disk.fill()
+            yield disk
+            disk.drain()  # a test that failed must not leave the server's end waiting
+    except HostError as e:
+        if e.kind == "disk-engine":
+            pytest.skip(f"no io_uring here: {e}")
+        raise
+    finally:
+        os.close(read_fd)
+        os.close(write_fd)

@@ -3,72 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
-import pytest
-
-from avmm.errors import HostError
-from avmm.units import KIB, MIB
 from avmm.vhost_user.server import VhostUserServer
-from avmm.virtio.devices.blk import BLK, BlkDevice, Disk
-from avmm.virtio.devtype import DeviceContext, DeviceType
+from avmm.virtio.devices.blk import Disk
 from fakes.blk_driver import IN, OK, OUT, BlkDriver
 from fakes.front_end import FrontEnd, front_end
 from fakes.mmio_driver import eventually, settle
-from fakes.pipe_disk import PipeDisk
-
-
-@dataclass(frozen=True)
-class Stuck:
-    """A served disk that writes to a full pipe: drain() lets its writes end."""
-
-    server: VhostUserServer
-    read_fd: int
-    write_fd: int
-
-    def fill(self) -> None:
-        os.set_blocking(self.write_fd, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(self.write_fd, bytes(4 * KIB))
-        os.set_blocking(self.write_fd, True)
-
-    def drain(self) -> None:
-        os.set_blocking(self.read_fd, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.read(self.read_fd, MIB)
-
-
-@pytest.fixture
-async def stuck(socket_path: str) -> AsyncIterator[Stuck]:
-    read_fd, write_fd = os.pipe()
-
-    async def build(config: Disk, context: DeviceContext) -> BlkDevice:
-        return BlkDevice(config, PipeDisk(write_fd), context)
-
-    class OnAPipe(Disk, frozen=True):
-        device_type: ClassVar[DeviceType] = replace(BLK, build=build)
-
-    try:
-        async with VhostUserServer(OnAPipe("pipe", engine="io_uring"), socket_path) as server:
-            disk = Stuck(server, read_fd, write_fd)
-            disk.fill()
-            yield disk
-            disk.drain()  # a test that failed must not leave the server's end waiting
-    except HostError as e:
-        if e.kind == "disk-engine":
-            pytest.skip(f"no io_uring here: {e}")
-        raise
-    finally:
-        os.close(read_fd)
-        os.close(write_fd)
+from fakes.pipe_disk import Stuck
 
 
 async def started(end: FrontEnd, server: VhostUserServer) -> tuple[BlkDriver, int]:

@@ -14,6 +14,7 @@ from avmm.vhost_user.message import (
     U64,
     ConfigAccess,
     Header,
+    InflightMemory,
     MemoryTable,
     Payload,
     Request,
@@ -28,6 +29,7 @@ TABLE_REGION = TableRegion(gpa=0x1000, size_bytes=0x2000, uva=0x7000, offset_byt
 NUMBER = struct.pack("<Q", 0x1_4000_0000)
 STATE = struct.pack("<II", 1, 64)
 ADDRESSES = struct.pack("<IIQQQQ", 1, 0, 0x10, 0x20, 0x30, 0)
+INFLIGHT = struct.pack("<QQHH", 4096, 64, 2, 128)
 CONFIG = struct.pack("<III", 4, 2, 0) + b"ab"
 
 GOOD: list[tuple[Request, bytes, int, Payload]] = [
@@ -60,6 +62,9 @@ GOOD: list[tuple[Request, bytes, int, Payload]] = [
     (Request.SET_VRING_ENABLE, STATE, 0, VringState(1, 64)),
     (Request.GET_CONFIG, CONFIG, 0, ConfigAccess(4, b"ab")),
     (Request.SET_CONFIG, CONFIG, 0, ConfigAccess(4, b"ab")),
+    (Request.GET_INFLIGHT_FD, INFLIGHT, 0, InflightMemory(4096, 64, 2, 128, 20)),
+    (Request.GET_INFLIGHT_FD, INFLIGHT + bytes(4), 0, InflightMemory(4096, 64, 2, 128, 24)),
+    (Request.SET_INFLIGHT_FD, INFLIGHT, 1, InflightMemory(4096, 64, 2, 128, 20)),
     (Request.RESET_DEVICE, b"", 0, None),
 ]
 GOOD_IDS = [f"{request.name}-{fds}" for request, _, fds, _ in GOOD]
@@ -129,6 +134,12 @@ def test_configuration_outside_of_the_space_is_refused(
         parse(Request.GET_CONFIG, payload, 0)
 
 
+@pytest.mark.parametrize(("queues", "size"), [(0, 128), (1, 0), (1, 1025)])
+def test_no_ring_has_that_in_flight(queues: int, size: int) -> None:
+    with pytest.raises(GuestFault, match="queues of"):
+        parse(Request.GET_INFLIGHT_FD, struct.pack("<QQHH", 0, 0, queues, size), 0)
+
+
 def test_an_unknown_request_has_no_message() -> None:
     assert message.parse(Header(9999, True, 0), b"", 3) is None
 
@@ -154,6 +165,8 @@ def test_headers_of_another_version_with_unknown_flags_or_too_long_are_refused(
 def test_answers() -> None:
     assert message.reply(1, message.u64(5)) == struct.pack("<IIIQ", 1, 5, 8, 5)
     assert message.vring_state(1, 7) == struct.pack("<II", 1, 7)
+    memory = InflightMemory(4096, 64, 2, 128, 24)
+    assert message.inflight(memory) == INFLIGHT + bytes(4)
     assert message.config(ConfigAccess(4, b"ab"), b"xy") == struct.pack("<III", 4, 2, 0) + b"xy"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from avmm.virtio import features
 from avmm.virtio.devices.blk import Disk
 from fakes.blk_driver import IN, OK, BlkDriver
 from fakes.front_end import MEMORY_BYTES, UVA, FrontEnd, front_end, memory_table, state, u64
-from fakes.mmio_driver import eventually
+from fakes.mmio_driver import eventually, settle
 from linux.holdings import Holdings
 
 ADDRESSES = struct.Struct("<IIQQQQ")
@@ -214,3 +216,65 @@ async def test_a_kick_descriptor_that_is_full_stalls_nobody(server: VhostUserSer
         assert await end.do(Request.SET_VRING_ENABLE, state(0, 1)) == 0
         await end.used(0)
         assert blk.status(slot) == OK
+
+
+def pick(rng: random.Random, good: int, *bad: int) -> int:
+    """`good` nearly always: nobody would get far otherwise."""
+    return rng.choice(bad) if rng.random() < 0.03 else good
+
+
+def random_message(rng: random.Random, end: FrontEnd) -> tuple[int, bytes, list[int]]:
+    """One that is in order more often than not."""
+    request = rng.choice(list(Request))
+    index = pick(rng, 0, 1, 255)
+    match request:
+        case Request.SET_FEATURES:
+            return request, u64(pick(rng, end.negotiated, 1 << 32, 0, 2**64 - 1)), []
+        case Request.SET_PROTOCOL_FEATURES:
+            return request, u64(pick(rng, 0, 1 << 3, 2**64 - 1)), []
+        case Request.SET_MEM_TABLE:
+            size = pick(rng, MEMORY_BYTES, 4096, 0, 2**63)
+            return request, memory_table((0, size, UVA, 0)), [end.memfd]
+        case Request.SET_VRING_ADDR:
+            at = UVA + pick(rng, 0, 0x1000, 0x8000, 1, MEMORY_BYTES, -4096)
+            return request, ADDRESSES.pack(index, 0, at, at + 0x10000, at + 0x20000, 0), []
+        case Request.SET_VRING_KICK | Request.SET_VRING_CALL | Request.SET_VRING_ERR:
+            return request, u64(index), [pick(rng, end.kicks[0], end.memfd)]
+        case Request.GET_CONFIG | Request.SET_CONFIG:
+            return request, struct.pack("<III", pick(rng, 32, 0, 255), 1, 0) + b"\1", []
+        case Request.GET_INFLIGHT_FD | Request.SET_INFLIGHT_FD:
+            fds = [end.memfd] if request is Request.SET_INFLIGHT_FD else []
+            where = (MEMORY_BYTES, 0, pick(rng, 1, 0, 100), pick(rng, 64, 0, 3, 1025))
+            return request, struct.pack("<QQHH", *where), fds
+        case Request.SET_VRING_NUM | Request.SET_VRING_BASE | Request.GET_VRING_BASE:
+            return request, state(index, pick(rng, 64, 0, 3, 2**32 - 1)), []
+        case Request.SET_VRING_ENABLE:
+            return request, state(index, pick(rng, 1, 0)), []
+    return request, b"", []
+
+
+WHILE_STOPPED = (Request.SET_VRING_NUM, Request.SET_VRING_BASE, Request.SET_INFLIGHT_FD)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_front_ends_that_say_anything(server: VhostUserServer, seed: int) -> None:
+    rng = random.Random(seed)
+    chains = 0
+    for _ in range(20):
+        async with front_end(server.socket_path) as end:
+            await end.start()
+            blk = BlkDriver(end)
+            for _ in range(3):
+                blk.submit(IN, read_bytes=512)
+            with contextlib.suppress(ConnectionError, BlockingIOError):
+                for _ in range(60):
+                    request, payload, fds = random_message(rng, end)
+                    if request in WHILE_STOPPED:
+                        end.send(Request.GET_VRING_BASE, state(0, 0))
+                    end.send(request, payload, fds)
+                    end.memory.write(0x10000 + rng.randrange(0x1000), rng.randbytes(8))
+                    end.kick(0)
+                    await settle()
+        chains = max(chains, server.statistics().device.queues[0].chains)
+    assert chains
+    await serves(server)
