@@ -57,6 +57,8 @@ echo 3 >/proc/sys/vm/drop_caches
 for file in /mnt/[RK]*; do cmp /run/a $file; done
 umount /mnt
 echo "FACT packed $(sum </dev/vdb)"
+echo GROW
+until [ $(cat /sys/block/vdb/size) = {2 * FILE_BYTES // 512} ]; do usleep 10000; done
 echo "FACT whole ok"
 """
 
@@ -170,7 +172,7 @@ def test_a_qemu_guest_uses_our_disk_and_our_nic(tmp_path: Path, namespace: str) 
     async def run() -> Guest:
         async with AsyncExitStack() as stack, asyncio.timeout(BOOT_LIMIT_S):
             first = await stack.enter_async_context(server(*blk_server))
-            await stack.enter_async_context(
+            other = await stack.enter_async_context(
                 server("blk", "--socket", packed, "--disk", str(second_disk))
             )
             await stack.enter_async_context(
@@ -196,6 +198,9 @@ def test_a_qemu_guest_uses_our_disk_and_our_nic(tmp_path: Path, namespace: str) 
             second.kill()
             await second.communicate()
             await stack.enter_async_context(server(*blk_server))
+            await guest.says("GROW")
+            os.truncate(second_disk, 2 * FILE_BYTES)
+            other.send_signal(signal.SIGUSR1)
             await guest.says("AVMM-EXIT: 0")
             return guest
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import signal
 import sys
 from dataclasses import asdict
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from avmm.config import convert, field_description
+from avmm.errors import ConfigError
 from avmm.log import log_to_stderr
 from avmm.loop import run as run_loop
 from avmm.vhost_user.server import ServerStatistics, VhostUserServer
-from avmm.virtio.devices.blk import Disk
+from avmm.virtio.devices.blk import BlkDevice, Disk
 from avmm.virtio.devices.net import Tap
+
+log = logging.getLogger(__name__)
 
 _EPILOG = """\
 A front-end's guest memory has to be shared, for example with QEMU:
@@ -25,7 +29,7 @@ A front-end's guest memory has to be shared, for example with QEMU:
   -netdev vhost-user,id=n,chardev=c -device virtio-net-pci,netdev=n    (net)
 
 One front-end is served at a time, and another one when it is gone. SIGINT and SIGTERM bring what
-is in flight to its end, and remove the socket.
+is in flight to its end, and remove the socket; SIGUSR1 takes over the new size of a disk's image.
 
 Exit status: 0 ended by a signal, 1 the host failed, 2 bad input.
 """
@@ -110,6 +114,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _resize(disk: BlkDevice) -> None:
+    try:
+        disk.resize()
+    except ConfigError as e:
+        log.warning("The disk keeps its size: %s", e)
+
+
 async def _serve(config: Disk | Tap, options: argparse.Namespace) -> ServerStatistics:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -123,6 +134,8 @@ async def _serve(config: Disk | Tap, options: argparse.Namespace) -> ServerStati
         require_seals=options.require_seals,
     )
     async with server:
+        if isinstance(server.device, BlkDevice):
+            loop.add_signal_handler(signal.SIGUSR1, _resize, server.device)
         ended: set[asyncio.Future[Any]] = {
             asyncio.ensure_future(server.wait()),
             asyncio.ensure_future(stop.wait()),

@@ -32,6 +32,7 @@ class ProtocolFeature(enum.IntFlag):
 
     MQ = 1 << 0
     REPLY_ACK = 1 << 3
+    BACKEND_REQ = 1 << 5
     CONFIG = 1 << 9
     INFLIGHT_SHMFD = 1 << 12
     RESET_DEVICE = 1 << 13
@@ -56,6 +57,7 @@ class Request(enum.IntEnum):
     SET_PROTOCOL_FEATURES = 16
     GET_QUEUE_NUM = 17
     SET_VRING_ENABLE = 18
+    SET_BACKEND_REQ_FD = 21
     GET_CONFIG = 24
     SET_CONFIG = 25
     GET_INFLIGHT_FD = 31
@@ -80,6 +82,7 @@ _VERSION_MASK = 0x3
 _REPLY = 1 << 2
 _NEED_REPLY = 1 << 3
 _FLAGS = _VERSION_MASK | _REPLY | _NEED_REPLY
+_CONFIG_CHANGE = 2
 _NO_FD = 1 << 8
 _VRING_FILE = 0xFF | _NO_FD
 
@@ -213,7 +216,7 @@ def parse_header(data: bytes) -> Header:
         raise _fault(f"{header.name}: flags {flags:#x}; this is version {_VERSION} of the protocol")
     if flags & _REPLY:
         raise _fault(f"{header.name}: it is marked as a reply, and nothing was asked")
-    if size_bytes > max(PAYLOAD_BYTES_MAX, _TABLE_HEAD.size + REGIONS_MAX * _REGION.size):
+    if size_bytes > PAYLOAD_BYTES_MAX:
         raise _fault(f"{header.name}: {size_bytes} bytes of payload")
     return header
 
@@ -239,6 +242,11 @@ def parse(header: Header, payload: bytes, fds: int) -> Message | None:
 def reply(request: int, payload: bytes) -> bytes:
     """The bytes of an answer."""
     return _HEADER.pack(request, _VERSION | _REPLY, len(payload)) + payload
+
+
+def config_change() -> bytes:
+    """The bytes of our only request to the front-end: to read the configuration space again."""
+    return _HEADER.pack(_CONFIG_CHANGE, _VERSION, 0)
 
 
 def u64(value: int) -> bytes:
@@ -271,8 +279,8 @@ def _expect_fds(fds: int, expected: int) -> None:
         raise _fault(f"{fds} descriptors came with it, not {expected}")
 
 
-def _nothing(payload: bytes, fds: int) -> None:
-    _expect_fds(fds, 0)
+def _nothing(payload: bytes, fds: int, expected_fds: int = 0) -> None:
+    _expect_fds(fds, expected_fds)
     # Some front-ends send a number that means nothing with requests that have no payload.
     if len(payload) not in (0, _U64.size):
         raise _fault(f"{len(payload)} bytes of payload")
@@ -351,6 +359,7 @@ _PARSERS: dict[Request, Callable[[bytes, int], Payload]] = {
     Request.SET_VRING_ERR: _vring_file,
     Request.SET_PROTOCOL_FEATURES: _u64,
     Request.SET_VRING_ENABLE: _vring_state,
+    Request.SET_BACKEND_REQ_FD: functools.partial(_nothing, expected_fds=1),
     Request.GET_CONFIG: _config,
     Request.SET_CONFIG: _config,
     Request.GET_INFLIGHT_FD: functools.partial(_inflight, expected_fds=0),

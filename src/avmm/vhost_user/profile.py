@@ -19,6 +19,7 @@ class Profile:
     protocol: ProtocolFeature = (
         ProtocolFeature.MQ
         | ProtocolFeature.REPLY_ACK
+        | ProtocolFeature.BACKEND_REQ
         | ProtocolFeature.CONFIG
         | ProtocolFeature.INFLIGHT_SHMFD
         | ProtocolFeature.RESET_DEVICE
@@ -36,7 +37,7 @@ _PROFILES = {
     # What a NIC had in flight its driver sends again anyway.
     NET.name: Profile(
         hidden=CONTROL_FEATURES,
-        protocol=Profile().protocol & ~(ProtocolFeature.CONFIG | ProtocolFeature.INFLIGHT_SHMFD),
+        protocol=ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.RESET_DEVICE,
         rings_a_queue=2,
         own_rings=1,
     ),

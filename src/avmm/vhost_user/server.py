@@ -26,7 +26,6 @@ from avmm.virtio.devices.net import Tap
 from avmm.virtio.devtype import DeviceContext
 from avmm.virtio.home import Homes, HomeStatistics
 from avmm.virtio.interrupt import Interrupts
-from avmm.virtio.state import DEVICE_NEEDS_RESET
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +172,8 @@ class VhostUserServer:
     def _config_event(self, config_fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(config_fd)
-        if self._transport is not None and self._device.state.status & DEVICE_NEEDS_RESET:
-            self._transport.signal_error()
+        if self._transport is not None:
+            self._transport.tell_news()
 
     def _on_error(self, error: BaseException) -> None:
         if self._ended.done():

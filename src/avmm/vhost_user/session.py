@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -58,6 +60,7 @@ class Session:
             Request.SET_PROTOCOL_FEATURES: self._set_protocol_features,
             Request.GET_QUEUE_NUM: self._get_queue_num,
             Request.SET_VRING_ENABLE: self._set_vring_enable,
+            Request.SET_BACKEND_REQ_FD: self._set_backend_req_fd,
             Request.GET_CONFIG: self._get_config,
             Request.SET_CONFIG: self._set_config,
             Request.GET_INFLIGHT_FD: self._get_inflight_fd,
@@ -174,6 +177,11 @@ class Session:
     async def _set_vring_enable(self, payload: VringState, fds: list[int]) -> None:
         vring = self._transport.vring(payload.index)
         await self._transport.set_enabled(vring, bool(payload.value))
+
+    async def _set_backend_req_fd(self, payload: None, fds: list[int]) -> None:
+        if not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
+            raise GuestFault("front-end", "What requests of ours are to go to is no socket")
+        self._transport.set_requests(fds.pop())
 
     async def _get_config(self, payload: ConfigAccess, fds: list[int]) -> bytes:
         data = self._transport.device.config.data[payload.offset :][: len(payload.data)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import Callable, Sequence
 
 from avmm.errors import GuestFault
+from avmm.vhost_user import message
 from avmm.vhost_user.inflight import Inflight
 from avmm.vhost_user.memory import FrontEndMemory
 from avmm.vhost_user.message import (
@@ -18,7 +21,13 @@ from avmm.vhost_user.vring import Vring
 from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.interrupt import NO_FD
-from avmm.virtio.state import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
+from avmm.virtio.state import (
+    ACKNOWLEDGE,
+    DEVICE_NEEDS_RESET,
+    DRIVER,
+    DRIVER_OK,
+    FEATURES_OK,
+)
 
 _FEATURES_OK = ACKNOWLEDGE | DRIVER | FEATURES_OK
 
@@ -41,6 +50,7 @@ class VhostUserTransport:
         self.vrings = [Vring(queue) for queue in device.queues[:rings]]
         self._features = 0
         self._inflight: Inflight | None = None
+        self._requests: socket.socket | None = None
 
     @property
     def offered(self) -> int:
@@ -122,7 +132,7 @@ class VhostUserTransport:
     async def stop(self, vring: Vring) -> int:
         """Stop a ring, which a new descriptor for kicks starts again; where it stands."""
         await self.set_kick(vring, [])
-        return vring.queue.base
+        return vring.base or 0
 
     async def reset(self) -> None:
         """Back to the state after power-on, with all rings disabled."""
@@ -137,12 +147,25 @@ class VhostUserTransport:
         for vring in self.vrings:
             vring.close()
         self._forget_inflight()
+        self._close_requests()
         self.memory.close()
 
-    def signal_error(self) -> None:
-        """Tell the front-end that its guest has broken the rings."""
-        for vring in self.vrings:
-            vring.signal_error()
+    def set_requests(self, fd: int) -> None:
+        """The socket for our own requests, taken over."""
+        self._close_requests()
+        self._requests = socket.socket(fileno=fd)
+        self._requests.setblocking(False)
+
+    def tell_news(self) -> None:
+        """Tell the front-end that its guest has broken the rings, or that the device's
+        configuration has changed."""
+        if self.device.state.status & DEVICE_NEEDS_RESET:
+            for vring in self.vrings:
+                vring.signal_error()
+        elif self._requests is not None:
+            # Full: it has the same request before it. Closed: it does not want to know.
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                self._requests.send(message.config_change())
 
     async def _change(
         self,
@@ -170,6 +193,11 @@ class VhostUserTransport:
         if self._inflight is not None:
             self._inflight.close()
             self._inflight = None
+
+    def _close_requests(self) -> None:
+        if self._requests is not None:
+            self._requests.close()
+            self._requests = None
 
     async def _start(self, vring: Vring) -> None:
         await self._activate()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from pathlib import Path
 
 import pytest
 
-from avmm.units import KIB
+from avmm.units import KIB, MIB
 from avmm.vhost_user.message import Request
 from avmm.vhost_user.server import VhostUserServer
 from avmm.virtio import features
-from avmm.virtio.devices.blk import Disk
+from avmm.virtio.devices.blk import BlkDevice, Disk
 from fakes.blk_driver import FLUSH, GET_ID, IN, OK, OUT, BlkDriver
 from fakes.driver_queue import driver_queue
 from fakes.front_end import UVA, front_end, state, u64
@@ -71,6 +72,17 @@ async def test_a_ring_goes_on_where_it_stood(server: VhostUserServer) -> None:
         await end.start_ring(0, base)
         await end.used(0)
         assert blk.status(slot) == OK
+
+
+async def test_a_ring_that_never_ran_stands_where_it_was_put(server: VhostUserServer) -> None:
+    async with front_end(server.socket_path) as end:
+        await end.start()
+        assert (await BlkDriver(end).request(IN, read_bytes=512))[0] == OK
+    async with front_end(server.socket_path) as end:
+        await end.negotiate()
+        assert await end.stop_ring(0) == 0
+        assert await end.do(Request.SET_VRING_BASE, state(0, 7)) == 0
+        assert await end.stop_ring(0) == 7
 
 
 async def test_nothing_is_in_flight_when_a_ring_has_stopped(server: VhostUserServer) -> None:
@@ -189,6 +201,25 @@ async def test_the_configuration_space(server: VhostUserServer) -> None:
         assert server.device.config.data[32] == 0
         assert await end.do(Request.RESET_DEVICE) == 0
         assert server.device.config.data[32] == 1
+
+
+async def test_a_disk_that_grows_is_announced(server: VhostUserServer, image: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        async with front_end(server.socket_path) as end:
+            await end.start()
+            assert await end.do(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()]) == 0
+            theirs.close()
+            os.truncate(image, 3 * MIB)
+            assert isinstance(server.device, BlkDevice)
+            server.device.resize()
+            await readable(ours.fileno())
+            assert struct.unpack("<III", ours.recv(100)) == (2, 1, 0)
+            read = struct.pack("<III", 0, 8, 0) + bytes(8)
+            answer = await end.ask(Request.GET_CONFIG, read)
+            assert answer[12:] == struct.pack("<Q", 3 * MIB // 512)
+        await readable(ours.fileno())
+        assert ours.recv(100) == b""
 
 
 async def test_a_new_driver_in_the_same_connection(server: VhostUserServer) -> None:

@@ -60,6 +60,7 @@ GOOD: list[tuple[Request, bytes, int, Payload]] = [
     (Request.SET_PROTOCOL_FEATURES, NUMBER, 0, U64(0x1_4000_0000)),
     (Request.GET_QUEUE_NUM, b"", 0, None),
     (Request.SET_VRING_ENABLE, STATE, 0, VringState(1, 64)),
+    (Request.SET_BACKEND_REQ_FD, b"", 1, None),
     (Request.GET_CONFIG, CONFIG, 0, ConfigAccess(4, b"ab")),
     (Request.SET_CONFIG, CONFIG, 0, ConfigAccess(4, b"ab")),
     (Request.GET_INFLIGHT_FD, INFLIGHT, 0, InflightMemory(4096, 64, 2, 128, 20)),
@@ -167,6 +168,7 @@ def test_answers() -> None:
     assert message.vring_state(1, 7) == struct.pack("<II", 1, 7)
     memory = InflightMemory(4096, 64, 2, 128, 24)
     assert message.inflight(memory) == INFLIGHT + bytes(4)
+    assert message.config_change() == struct.pack("<III", 2, 1, 0)
     assert message.config(ConfigAccess(4, b"ab"), b"xy") == struct.pack("<III", 4, 2, 0) + b"xy"
 
 

@@ -64,6 +64,7 @@ MESSAGES: dict[str, tuple[int, bytes, int, dict[str, int]]] = {
     "kicks by what is no eventfd": (Request.SET_VRING_KICK, u64(0), 1, {}),
     "calls by what is no eventfd": (Request.SET_VRING_CALL, u64(0), 1, {}),
     "errors by what is no eventfd": (Request.SET_VRING_ERR, u64(0), 1, {}),
+    "requests to what is no socket": (Request.SET_BACKEND_REQ_FD, b"", 1, {}),
     "polling without kicks": (Request.SET_VRING_KICK, u64(1 << 8), 0, {}),
     "features that are not offered": (Request.SET_FEATURES, u64(1 << 63), 0, {}),
     "protocol features that are not": (Request.SET_PROTOCOL_FEATURES, u64(1 << 1), 0, {}),
