@@ -120,14 +120,22 @@ class DriverQueue:
         self.memory.write(self.driver_gpa + 2, struct.pack("<H", self._avail_idx))
 
     def take_used(self) -> list[tuple[int, int]]:
-        """(head, bytes written) of each chain given back since the last call."""
+        """(head or id, bytes written) of each chain given back since the last call."""
+        taken = self._take_shown()
+        self._ask()
+        # What the device showed before it could see that question comes without an interrupt.
+        while more := self._take_shown():
+            taken += more
+            self._ask()
+        return taken
+
+    def _take_shown(self) -> list[tuple[int, int]]:
         taken: list[tuple[int, int]] = []
         while self._used_idx != self._read_u16(self.device_gpa + 2):
             at = self.device_gpa + 4 + 8 * (self._used_idx % self.size)
             batch, _ = self._take_batch(*_USED.unpack(self.memory.read(at, 8)))
             self._used_idx = (self._used_idx + len(batch)) & 0xFFFF
             taken += batch
-        self._ask()
         return taken
 
     def _take_batch(self, last: int, written: int) -> tuple[list[tuple[int, int]], int]:
@@ -214,8 +222,7 @@ class PackedDriverQueue(DriverQueue):
         for at, data in reversed(writes):
             self.memory.write(at, data)
 
-    def take_used(self) -> list[tuple[int, int]]:
-        """(id, bytes written) of each chain given back since the last call."""
+    def _take_shown(self) -> list[tuple[int, int]]:
         taken: list[tuple[int, int]] = []
         while (used := self._used_descriptor()) is not None:
             batch, descs = self._take_batch(*used)
@@ -224,7 +231,6 @@ class PackedDriverQueue(DriverQueue):
             self._used_idx += descs
             if self._used_idx >= self.size:
                 self._used_idx, self._used_wrap = self._used_idx - self.size, not self._used_wrap
-        self._ask()
         return taken
 
     def _used_descriptor(self) -> tuple[int, int] | None:
