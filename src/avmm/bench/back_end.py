@@ -85,10 +85,11 @@ class BackEnd:
 
     def run_on(self, cpus: set[int]) -> None:
         """Let all of its threads run on these processors only."""
-        for task in os.listdir(f"/proc/{self._process.pid}/task"):
-            # A worker of the kernel's may be gone by now.
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(task), cpus)
+        # A worker of the kernel's may be gone by now, and so may all of it.
+        with contextlib.suppress(FileNotFoundError):
+            for task in os.listdir(f"/proc/{self._process.pid}/task"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(task), cpus)
 
     def close(self) -> None:
         """End it. Idempotent."""

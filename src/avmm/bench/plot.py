@@ -90,7 +90,8 @@ def _draw(axes: Axes, cases: list[Case], unit: str) -> None:
         ticks.append((first + y - 1) / 2)
         y += 1
     axes.set_yticks(ticks, [case.name for case in cases], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(y - 0.5, -1.5)
     axes.set_xlabel(f"{unit} ({cases[0].better} is better)")
+    axes.xaxis.set_major_formatter(lambda value, _: number(value))
     axes.margins(x=0.1)
     axes.legend(fontsize=7)
