@@ -5,9 +5,10 @@
 
 struct reg_byte {
     _Atomic uint8_t value;
-    uint8_t writable;
+    _Atomic uint8_t writable;
     _Atomic uint8_t watched;
-    bool handed_over;
+    bool reads_handed_over;
+    bool writes_handed_over;
 };
 
 struct av_regs {
@@ -44,7 +45,7 @@ void av_regs_define(struct av_regs *regs, uint32_t offset, uint32_t size, uint64
 {
     for (uint32_t i = 0; i < within(regs, offset, size); i++) {
         atomic_store(&regs->byte[offset + i].value, (uint8_t)(value >> 8 * i));
-        regs->byte[offset + i].writable = (uint8_t)(writable >> 8 * i);
+        atomic_store(&regs->byte[offset + i].writable, (uint8_t)(writable >> 8 * i));
     }
 }
 
@@ -67,7 +68,9 @@ uint64_t av_regs_get(const struct av_regs *regs, uint32_t offset, uint32_t size)
 
 static uint8_t merged(const struct reg_byte *byte, uint8_t value)
 {
-    return (uint8_t)((atomic_load(&byte->value) & ~byte->writable) | (value & byte->writable));
+    uint8_t writable = atomic_load(&byte->writable);
+
+    return (uint8_t)((atomic_load(&byte->value) & ~writable) | (value & writable));
 }
 
 void av_regs_put(struct av_regs *regs, uint32_t offset, uint32_t size, uint64_t value)
@@ -78,10 +81,12 @@ void av_regs_put(struct av_regs *regs, uint32_t offset, uint32_t size, uint64_t 
     }
 }
 
-void av_regs_hand_over(struct av_regs *regs, uint32_t offset, uint32_t size)
+void av_regs_hand_over(struct av_regs *regs, uint32_t offset, uint32_t size, bool reads)
 {
-    for (uint32_t i = 0; i < within(regs, offset, size); i++)
-        regs->byte[offset + i].handed_over = true;
+    for (uint32_t i = 0; i < within(regs, offset, size); i++) {
+        regs->byte[offset + i].writes_handed_over = true;
+        regs->byte[offset + i].reads_handed_over = reads;
+    }
 }
 
 void av_regs_move(struct av_regs *regs, uint64_t gpa)
@@ -104,7 +109,7 @@ bool av_regs_read(const struct av_regs *regs, uint32_t offset, uint32_t size, ui
     uint64_t value = av_regs_get(regs, offset, size);
 
     for (uint32_t i = 0; i < within(regs, offset, size); i++)
-        if (regs->byte[offset + i].handed_over)
+        if (regs->byte[offset + i].reads_handed_over)
             return false;
     for (uint32_t i = 0; i < size; i++)
         data[i] = (uint8_t)(value >> 8 * i);
@@ -118,7 +123,7 @@ bool av_regs_write(struct av_regs *regs, uint32_t offset, uint32_t size, const u
     for (uint32_t i = 0; i < count; i++) {
         const struct reg_byte *byte = &regs->byte[offset + i];
         uint8_t changed = (uint8_t)(merged(byte, data[i]) ^ atomic_load(&byte->value));
-        if (byte->handed_over || (changed & atomic_load(&byte->watched)) != 0)
+        if (byte->writes_handed_over || (changed & atomic_load(&byte->watched)) != 0)
             return false;
     }
     for (uint32_t i = 0; i < count; i++) {

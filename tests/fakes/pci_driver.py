@@ -18,7 +18,7 @@ from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext
 from avmm.virtio.home import Homes
 from avmm.virtio.interrupt import CONFIG_CHANGE, USED_BUFFER, Interrupts
-from avmm.virtio.transport import pci
+from avmm.virtio.transport import pci, pci_common
 from fakes.driver import VirtioDriver
 from fakes.driver_queue import DriverQueue
 from fakes.pci_host import ECAM, HIGH, LOW, Cpu, FakeMessages, FakeNotifications
@@ -101,40 +101,40 @@ class PciDriver(VirtioDriver):
         await self.cpu.write(self.parts[pci.CFG_COMMON][0] + offset, size, value)
 
     def status(self) -> int:
-        return self.read(pci.DEVICE_STATUS, 1)
+        return self.read(pci_common.DEVICE_STATUS, 1)
 
     async def set_status(self, value: int) -> None:
-        await self.write(pci.DEVICE_STATUS, 1, value)
+        await self.write(pci_common.DEVICE_STATUS, 1, value)
 
     async def read_features(self) -> int:
         words = []
         for select in (0, 1):
-            await self.write(pci.DEVICE_FEATURE_SELECT, 4, select)
-            words.append(self.read(pci.DEVICE_FEATURE, 4))
+            await self.write(pci_common.DEVICE_FEATURE_SELECT, 4, select)
+            words.append(self.read(pci_common.DEVICE_FEATURE, 4))
         return words[0] | words[1] << 32
 
     async def write_features(self, value: int) -> None:
         for select in (0, 1):
-            await self.write(pci.DRIVER_FEATURE_SELECT, 4, select)
-            await self.write(pci.DRIVER_FEATURE, 4, value >> 32 * select & 0xFFFF_FFFF)
+            await self.write(pci_common.DRIVER_FEATURE_SELECT, 4, select)
+            await self.write(pci_common.DRIVER_FEATURE, 4, value >> 32 * select & 0xFFFF_FFFF)
 
     async def queue_size_max(self, index: int) -> int:
-        await self.write(pci.QUEUE_SELECT, 2, index)
-        return self.read(pci.QUEUE_SIZE, 2)
+        await self.write(pci_common.QUEUE_SELECT, 2, index)
+        return self.read(pci_common.QUEUE_SIZE, 2)
 
     async def set_up_queue(self, index: int, queue: DriverQueue, *, ready: bool = True) -> None:
-        await self.write(pci.QUEUE_SELECT, 2, index)
-        await self.write(pci.QUEUE_SIZE, 2, queue.size)
+        await self.write(pci_common.QUEUE_SELECT, 2, index)
+        await self.write(pci_common.QUEUE_SIZE, 2, queue.size)
         for low, gpa in (
-            (pci.QUEUE_DESC, queue.desc_gpa),
-            (pci.QUEUE_DRIVER, queue.driver_gpa),
-            (pci.QUEUE_DEVICE, queue.device_gpa),
+            (pci_common.QUEUE_DESC, queue.desc_gpa),
+            (pci_common.QUEUE_DRIVER, queue.driver_gpa),
+            (pci_common.QUEUE_DEVICE, queue.device_gpa),
         ):
             await self.write(low, 4, gpa & 0xFFFF_FFFF)
             await self.write(low + 4, 4, gpa >> 32)
-        await self.write(pci.QUEUE_MSIX_VECTOR, 2, index + 1)
+        await self.write(pci_common.QUEUE_MSIX_VECTOR, 2, index + 1)
         if ready:
-            await self.write(pci.QUEUE_ENABLE, 2, 1)
+            await self.write(pci_common.QUEUE_ENABLE, 2, 1)
 
     async def start(self, features: int | None = None, *, size: int = 64) -> None:
         """With all vectors."""
@@ -144,7 +144,7 @@ class PciDriver(VirtioDriver):
 
     async def negotiate(self, features: int) -> bool:
         accepted = await super().negotiate(features)
-        await self.write(pci.CONFIG_MSIX_VECTOR, 2, 0)
+        await self.write(pci_common.CONFIG_MSIX_VECTOR, 2, 0)
         return accepted
 
     def notify_gpa(self, index: int) -> int:
@@ -219,6 +219,6 @@ async def pci_rig(
         stack.push_async_callback(device.quiesce)
         root.add(1, transport.function)
         cpu = Cpu(root)
-        cpu.tables.append(transport.msix.table)
+        cpu.registers += (transport.common.registers, transport.msix.table)
         driver = PciDriver(cpu, memory, messages, notifications)
         yield PciRig(device, transport, driver, cpu, memory, messages, notifications, errors)

@@ -75,7 +75,7 @@ class Cpu:
 
     def __init__(self, root: RootComplex) -> None:
         self.root = root
-        self.tables: list[Registers] = []
+        self.registers: list[Registers] = []
         self.exits = 0
 
     def read(self, gpa: int, size: int) -> int:
@@ -116,6 +116,6 @@ class Cpu:
         spaces = [function.registers for function in self.root.functions.values()]
         return [
             (registers.native, int(offset[0]))
-            for registers in (*spaces, *self.tables)
+            for registers in (*spaces, *self.registers)
             if lib.av_regs_at(registers.native, gpa, offset)
         ]

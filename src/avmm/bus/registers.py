@@ -29,9 +29,9 @@ class Registers:
         """The bits, among the writable, that only put() changes; others are watched no more."""
         lib.av_regs_watch(self.native, offset, size, bits)
 
-    def hand_over(self, offset: int, size: int) -> None:
-        """Make every access to these bytes an exit; before vCPUs run."""
-        lib.av_regs_hand_over(self.native, offset, size)
+    def hand_over(self, offset: int, size: int, *, reads: bool) -> None:
+        """Make every write to these bytes an exit, and by `reads` every read; before vCPUs run."""
+        lib.av_regs_hand_over(self.native, offset, size, reads)
 
     def get(self, offset: int, size: int) -> int:
         """Bytes as they are."""

@@ -41,7 +41,7 @@ class PciSlots:
         self._messages = MsiRoutes(vm, layout.IOAPIC_PINS)
         self._root = RootComplex(layout.PCI_ECAM, _windows(ram_bytes))
         stack.callback(self._root.close)
-        self._tables: list[Registers] = []
+        self._registers: list[Registers] = []
         bus.add(layout.PCI_ECAM, layout.PCI_ECAM_BYTES, self._root, "PCI configuration")
         for window in self._root.windows:
             bus.add(window.gpa, window.size_bytes, self._root.memory(window), "PCI memory")
@@ -55,15 +55,15 @@ class PciSlots:
         transport = PciTransport(device, self._messages, self._vm, notify_bytes=self._notify_bytes)
         self._stack.callback(transport.close)
         self._root.add(slot.index + 1, transport.function)
-        self._tables.append(transport.msix.table)
+        self._registers += (transport.common.registers, transport.msix.table)
 
     def dispatch(self, dispatch: CData) -> list[int]:
-        """The C loop answers configuration space and MSI-X tables, as far as they say."""
+        """The C loop answers configuration spaces and devices' registers, as far as they say."""
         lib.av_dispatch_set_ecam(dispatch, layout.PCI_ECAM, layout.PCI_ECAM_BYTES)
         spaces = [function.registers for function in self._root.functions.values()]
         return [
             lib.av_dispatch_add_regs(dispatch, registers.native)
-            for registers in (*spaces, *self._tables)
+            for registers in (*spaces, *self._registers)
         ]
 
 

@@ -135,7 +135,7 @@ class Function:
 
     def add_window(self, offset: int, size: int, region: Region) -> None:
         """Answer these configuration bytes by `region`, at every access."""
-        self.registers.hand_over(offset, size)
+        self.registers.hand_over(offset, size, reads=True)
         self._windows.append(_Window(offset, size, region))
 
     def read(self, offset: int, size: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 from avmm.virtio import features
 
@@ -30,13 +31,20 @@ class DeviceState:
     Written on the loop, but for accept_features(), which vCPU threads call: vCPUs that race there
     hurt only their own guest. Any thread may read.
 
-    offered: the device's feature bits, constant.
+    offered: the device's feature bits, constant. on_status: called with each new status, for a
+    transport that shows it without being asked.
     """
 
     def __init__(self, offered: int) -> None:
         self.offered = offered
         self.driver_features = 0
-        self.status = 0
+        self.on_status: Callable[[int], None] = lambda status: None
+        self._status = 0
+
+    @property
+    def status(self) -> int:
+        """The device status field."""
+        return self._status
 
     @property
     def features(self) -> int:
@@ -74,19 +82,23 @@ class DeviceState:
         after = self.status | new
         if not after & FEATURES_OK or after & FAILED:
             new &= ~DRIVER_OK
-        self.status |= new
+        self._set_status(self.status | new)
         return Transition.ACTIVATE if new & DRIVER_OK else Transition.NONE
 
     def needs_reset(self) -> bool:
         """Set DEVICE_NEEDS_RESET; whether it was not set before."""
         fresh = not self.status & DEVICE_NEEDS_RESET
-        self.status |= DEVICE_NEEDS_RESET
+        self._set_status(self.status | DEVICE_NEEDS_RESET)
         return fresh
 
     def reset(self) -> None:
         """Back to the state after power-on."""
-        self.status = 0
         self.driver_features = 0
+        self._set_status(0)
+
+    def _set_status(self, status: int) -> None:
+        self._status = status
+        self.on_status(status)
 
     def _acceptable(self) -> bool:
         unknown = self.driver_features & ~self.offered

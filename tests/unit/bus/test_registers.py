@@ -66,10 +66,17 @@ def test_a_watched_bit_is_changed_by_put_alone(registers: Registers) -> None:
 
 
 def test_bytes_that_were_handed_over_are_no_guests(registers: Registers) -> None:
-    registers.hand_over(4, 4)
+    registers.hand_over(4, 4, reads=True)
     assert guest_read(registers, 3, 2) is None
     assert guest_read(registers, 8, 4) == 0
     assert not guest_write(registers, 0, 8, 0)
+
+
+def test_writes_alone_can_be_handed_over(registers: Registers) -> None:
+    registers.define(4, 1, 0x12, writable=0xFF)
+    registers.hand_over(4, 1, reads=False)
+    assert guest_read(registers, 4, 1) == 0x12
+    assert not guest_write(registers, 4, 1, 0x12), "though it would change nothing"
 
 
 def test_a_block_is_found_where_it_was_moved(registers: Registers) -> None:

@@ -83,7 +83,7 @@ async def bench() -> Iterator[Bench]:  # type: ignore[misc]
     part.msix.on_refused = lambda: refused.append(None)
     root.add(1, function)
     cpu = Cpu(root)
-    cpu.tables.append(part.msix.table)
+    cpu.registers.append(part.msix.table)
     await cpu.write(cpu.config(1) + header.COMMAND, 2, header.COMMAND_MEMORY)
     cpu.exits = 0
     yield Bench(cpu, part.msix, messages, refused)

@@ -17,7 +17,7 @@ from avmm.virtio.devices.net import NetDevice, Tap
 from avmm.virtio.devtype import DeviceContext
 from avmm.virtio.interrupt import CONFIG_CHANGE, NO_FD, USED_BUFFER
 from avmm.virtio.state import DEVICE_NEEDS_RESET
-from avmm.virtio.transport import mmio, pci
+from avmm.virtio.transport import mmio, pci_common, pci_vectors
 from fakes.mmio_driver import settle
 from fakes.net_rig import FakeTap, Net, net_rig
 from fakes.pci_driver import pci_rig
@@ -129,10 +129,10 @@ async def test_on_pci_the_kernel_raises_the_queues_own_vectors(made: list[FakeVh
         (kernel,) = made
         for index in (0, 1):
             assert kernel.rings[index][0].call_fd == rig.transport.msix.fd(index + 1)
-        await rig.driver.write(pci.QUEUE_SELECT, 2, 1)
-        await rig.driver.write(pci.QUEUE_MSIX_VECTOR, 2, pci.NO_VECTOR)
+        await rig.driver.write(pci_common.QUEUE_SELECT, 2, 1)
+        await rig.driver.write(pci_common.QUEUE_MSIX_VECTOR, 2, pci_vectors.NO_VECTOR)
         assert kernel.rings[1][0].call_fd == NO_FD
-        await rig.driver.write(pci.QUEUE_MSIX_VECTOR, 2, 1)
+        await rig.driver.write(pci_common.QUEUE_MSIX_VECTOR, 2, 1)
         assert kernel.rings[1][0].call_fd == rig.transport.msix.fd(1)
         assert ("stop", 1) not in kernel.calls
 

@@ -12,11 +12,12 @@ import pytest
 from avmm.pci import function as header
 from avmm.pci import msix
 from avmm.virtio import features
-from avmm.virtio.devices.rng import Rng, RngDevice, build
+from avmm.virtio.device import VirtioDevice
+from avmm.virtio.devices.rng import RNG, Rng, RngDevice, build
 from avmm.virtio.devtype import DeviceContext
 from avmm.virtio.interrupt import CONFIG_CHANGE, NO_FD, USED_BUFFER
 from avmm.virtio.state import ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FEATURES_OK
-from avmm.virtio.transport import pci
+from avmm.virtio.transport import pci, pci_common, pci_vectors
 from fakes.driver_queue import DriverQueue, Segment
 from fakes.mmio_driver import settle
 from fakes.pci_driver import PciRig, pci_rig
@@ -24,6 +25,17 @@ from fakes.pci_host import HIGH, LOW
 from fakes.virtio_rig import DATA_GPA
 
 SET_UP = ACKNOWLEDGE | DRIVER | FEATURES_OK
+
+
+class Idle(VirtioDevice):
+    """Has queues, and serves none."""
+
+    def __init__(self, context: DeviceContext, queues: int) -> None:
+        super().__init__(RNG, context, offered=0, queue_sizes=(8,) * queues)
+
+    def kick(self, index: int) -> bool:
+        self.queues[index].take_kick()
+        return False
 
 
 @pytest.fixture
@@ -73,9 +85,9 @@ async def test_a_device_with_a_configuration_shows_it() -> None:
         assert rig.cpu.read(at + 2, 4) == 0x33
         assert rig.cpu.read(at + length - 8, 8) == 0
         await rig.driver.start()
-        before = rig.driver.read(pci.CONFIG_GENERATION, 1)
+        before = rig.driver.read(pci_common.CONFIG_GENERATION, 1)
         rig.device.set_config(b"\x44")
-        assert rig.driver.read(pci.CONFIG_GENERATION, 1) != before
+        assert rig.driver.read(pci_common.CONFIG_GENERATION, 1) != before
         assert await rig.driver.interrupted() == CONFIG_CHANGE
         assert rig.cpu.read(at, 1) == 0x44
 
@@ -94,50 +106,97 @@ async def test_bad_features_are_refused(rig: PciRig[RngDevice], accepted: int) -
 async def test_fields_read_back_what_was_written(rig: PciRig[RngDevice]) -> None:
     driver = rig.driver
     await driver.negotiate(features.VERSION_1)
-    await driver.write(pci.DRIVER_FEATURE_SELECT, 4, 1)
-    assert driver.read(pci.DRIVER_FEATURE_SELECT, 4) == 1
-    assert driver.read(pci.DRIVER_FEATURE, 4) == 1
-    assert driver.read(pci.NUM_QUEUES, 2) == 1
+    await driver.write(pci_common.DRIVER_FEATURE_SELECT, 4, 1)
+    assert driver.read(pci_common.DRIVER_FEATURE_SELECT, 4) == 1
+    assert driver.read(pci_common.DRIVER_FEATURE, 4) == 1
+    assert driver.read(pci_common.NUM_QUEUES, 2) == 1
     queue = DriverQueue(rig.memory, 0x10000, 8)
     await driver.set_up_queue(0, queue, ready=False)
-    assert driver.read(pci.QUEUE_SIZE, 2) == 8
-    assert driver.read(pci.QUEUE_DESC, 4) == queue.desc_gpa
-    assert driver.read(pci.QUEUE_DRIVER, 4) == queue.driver_gpa
-    assert driver.read(pci.QUEUE_DEVICE + 4, 4) == 0
-    assert driver.read(pci.QUEUE_ENABLE, 2) == 0
-    assert driver.read(pci.QUEUE_NOTIFY_OFF, 2) == 0
-    await driver.write(pci.QUEUE_ENABLE, 2, 1)
-    assert driver.read(pci.QUEUE_ENABLE, 2) == 1
+    assert driver.read(pci_common.QUEUE_SIZE, 2) == 8
+    assert driver.read(pci_common.QUEUE_DESC, 4) == queue.desc_gpa
+    assert driver.read(pci_common.QUEUE_DRIVER, 4) == queue.driver_gpa
+    assert driver.read(pci_common.QUEUE_DEVICE + 4, 4) == 0
+    assert driver.read(pci_common.QUEUE_ENABLE, 2) == 0
+    assert driver.read(pci_common.QUEUE_NOTIFY_OFF, 2) == 0
+    await driver.write(pci_common.QUEUE_ENABLE, 2, 1)
+    assert driver.read(pci_common.QUEUE_ENABLE, 2) == 1
 
 
 async def test_a_queue_that_does_not_exist_has_size_0(rig: PciRig[RngDevice]) -> None:
     driver = rig.driver
     assert await driver.queue_size_max(1) == 0
-    assert driver.read(pci.QUEUE_MSIX_VECTOR, 2) == pci.NO_VECTOR
-    for field in (pci.QUEUE_SIZE, pci.QUEUE_MSIX_VECTOR, pci.QUEUE_ENABLE):
+    assert driver.read(pci_common.QUEUE_MSIX_VECTOR, 2) == pci_vectors.NO_VECTOR
+    for field in (pci_common.QUEUE_SIZE, pci_common.QUEUE_MSIX_VECTOR, pci_common.QUEUE_ENABLE):
         await driver.write(field, 2, 1)
-    assert driver.read(pci.QUEUE_ENABLE, 2) == 0
-    assert rig.device.ignored == 3
+        assert driver.read(field, 2) in (0, pci_vectors.NO_VECTOR)
+    await driver.write(pci_common.QUEUE_DESC, 8, 0x1000)
+    assert driver.read(pci_common.QUEUE_DESC, 8) == 0
+
+
+async def test_a_feature_bit_of_the_third_word_is_refused(rig: PciRig[RngDevice]) -> None:
+    driver = rig.driver
+    await driver.set_status(ACKNOWLEDGE | DRIVER)
+    await driver.write_features(features.VERSION_1)
+    await driver.write(pci_common.DRIVER_FEATURE_SELECT, 4, 2)
+    await driver.write(pci_common.DRIVER_FEATURE, 4, 1)
+    await driver.set_status(SET_UP)
+    assert not driver.status() & FEATURES_OK
+
+
+async def test_features_are_fixed_once_they_are_accepted(rig: PciRig[RngDevice]) -> None:
+    await rig.driver.negotiate(features.VERSION_1)
+    await rig.driver.write(pci_common.DRIVER_FEATURE, 4, 0)
+    assert rig.driver.read(pci_common.DRIVER_FEATURE, 4) == 1
+    await rig.driver.set_status(SET_UP | DRIVER_OK)
+    assert rig.device.state.features == features.VERSION_1
+
+
+async def test_a_queue_is_fixed_while_it_is_enabled(rig: PciRig[RngDevice]) -> None:
+    driver, device_queue = rig.driver, rig.device.queues[0]
+    await driver.start()
+    await driver.write(pci_common.QUEUE_SELECT, 2, 0)
+    before = (device_queue.size, device_queue.desc_gpa)
+    await driver.write(pci_common.QUEUE_SIZE, 2, 2)
+    await driver.write(pci_common.QUEUE_DESC, 8, 0x5000)
+    await driver.set_status(SET_UP | DRIVER_OK)
+    assert (device_queue.size, device_queue.desc_gpa) == before
+    assert driver.read(pci_common.QUEUE_DESC, 8) == device_queue.desc_gpa
+
+
+async def test_a_queue_costs_few_exits() -> None:
+    async def many(context: DeviceContext) -> VirtioDevice:
+        return Idle(context, 40)
+
+    async with pci_rig(many) as rig:
+        await rig.driver.start()
+        assert len(rig.driver.queues) == 40
+        rig.cpu.exits = 0
+        await rig.driver.start()
+        # Selecting, a vector, enabling; and one more of its entry in the table.
+        assert rig.cpu.exits <= 40 * 4 + 20
+        for index in range(40):
+            rig.device.interrupts.queue(index).raise_used()
+            assert await rig.driver.interrupted() == USED_BUFFER
 
 
 async def test_a_driver_cannot_take_a_queue_away_but_by_a_reset(rig: PciRig[RngDevice]) -> None:
     await rig.driver.start()
-    await rig.driver.write(pci.QUEUE_SELECT, 2, 0)
-    await rig.driver.write(pci.QUEUE_ENABLE, 2, 0)
-    assert rig.driver.read(pci.QUEUE_ENABLE, 2) == 1
+    await rig.driver.write(pci_common.QUEUE_SELECT, 2, 0)
+    await rig.driver.write(pci_common.QUEUE_ENABLE, 2, 0)
+    assert rig.driver.read(pci_common.QUEUE_ENABLE, 2) == 1
     assert rig.device.ignored == 1
 
 
-@pytest.mark.parametrize("vector", [2, 1000, 0xFFFE, pci.NO_VECTOR])
+@pytest.mark.parametrize("vector", [2, 1000, 0xFFFE, pci_vectors.NO_VECTOR])
 async def test_a_vector_that_does_not_exist_reads_back_as_none(
     rig: PciRig[RngDevice], vector: int
 ) -> None:
     driver = rig.driver
-    for field in (pci.CONFIG_MSIX_VECTOR, pci.QUEUE_MSIX_VECTOR):
+    for field in (pci_common.CONFIG_MSIX_VECTOR, pci_common.QUEUE_MSIX_VECTOR):
         await driver.write(field, 2, 1)
         assert driver.read(field, 2) == 1
         await driver.write(field, 2, vector)
-        assert driver.read(field, 2) == pci.NO_VECTOR
+        assert driver.read(field, 2) == pci_vectors.NO_VECTOR
 
 
 async def test_a_reset_takes_the_vectors_back(rig: PciRig[RngDevice]) -> None:
@@ -145,8 +204,8 @@ async def test_a_reset_takes_the_vectors_back(rig: PciRig[RngDevice]) -> None:
     await driver.start()
     assert rig.device.interrupts.queue(0).fd == rig.transport.msix.fd(1)
     await driver.set_status(0)
-    assert driver.read(pci.CONFIG_MSIX_VECTOR, 2) == pci.NO_VECTOR
-    assert driver.read(pci.QUEUE_MSIX_VECTOR, 2) == pci.NO_VECTOR
+    assert driver.read(pci_common.CONFIG_MSIX_VECTOR, 2) == pci_vectors.NO_VECTOR
+    assert driver.read(pci_common.QUEUE_MSIX_VECTOR, 2) == pci_vectors.NO_VECTOR
     assert rig.device.interrupts.queue(0).fd == NO_FD
 
 
@@ -158,8 +217,8 @@ async def test_the_vectors_of_queue_and_configuration_are_apart(rig: PciRig[RngD
     assert await rig.driver.interrupted() == CONFIG_CHANGE
     rig.device.interrupts.queue(0).raise_used()
     assert await rig.driver.interrupted() == USED_BUFFER
-    await rig.driver.write(pci.QUEUE_SELECT, 2, 0)
-    await rig.driver.write(pci.QUEUE_MSIX_VECTOR, 2, 0)
+    await rig.driver.write(pci_common.QUEUE_SELECT, 2, 0)
+    await rig.driver.write(pci_common.QUEUE_MSIX_VECTOR, 2, 0)
     await rig.driver.config_write(rig.driver.control, 2, 0)
     assert heard == [rig.transport.msix.fd(0), NO_FD]
 
@@ -233,17 +292,17 @@ async def test_the_bar_is_reached_through_configuration_space(rig: PciRig[RngDev
         await driver.config_write(at + 8, 4, offset)
         await driver.config_write(at + 12, 4, length)
 
-    await aim(pci.COMMON + pci.NUM_QUEUES, 2)
+    await aim(pci.COMMON + pci_common.NUM_QUEUES, 2)
     assert driver.config_read(at + 16, 2) == 1
-    await aim(pci.COMMON + pci.DEVICE_STATUS, 1)
+    await aim(pci.COMMON + pci_common.DEVICE_STATUS, 1)
     await driver.config_write(at + 16, 1, ACKNOWLEDGE)
     assert driver.config_read(at + 16, 1) == ACKNOWLEDGE == driver.status()
     await aim(pci.TABLE + msix.ENTRY_CONTROL, 4)
     assert driver.config_read(at + 16, 4) == msix.ENTRY_MASKED
     for offset, length, bar, size in (
-        (pci.COMMON + pci.NUM_QUEUES, 2, 1, 2),
-        (pci.COMMON + pci.NUM_QUEUES, 2, 0, 4),
-        (pci.COMMON + pci.NUM_QUEUES, 0, 0, 4),
+        (pci.COMMON + pci_common.NUM_QUEUES, 2, 1, 2),
+        (pci.COMMON + pci_common.NUM_QUEUES, 2, 0, 4),
+        (pci.COMMON + pci_common.NUM_QUEUES, 0, 0, 4),
         (pci.COMMON + 1, 2, 0, 2),
         (pci.BAR_BYTES, 4, 0, 4),
         (0xFFFF_FFFC, 4, 0, 4),

@@ -10,12 +10,11 @@ _LOW = 0xFFFF_FFFF
 
 
 class Transport:
-    """One device's registers, of which a transport says where they are.
+    """What one device's registers mean; a transport says where they are and what is latched.
 
-    Called on vCPU threads. Selectors and addresses are latched there; what has consequences
-    (status, queue ready, configuration) is a Call, so that it is over when the driver's
-    instruction ends. Nothing here raises, whatever the guest does; accesses that mean nothing
-    read 0 or are ignored, and are counted.
+    Called on vCPU threads. What has consequences (status, queue ready, configuration) is a Call,
+    so that it is over when the driver's instruction ends. Nothing here raises, whatever the guest
+    does; accesses that mean nothing read 0 or are ignored, and are counted.
     """
 
     def __init__(self, device: VirtioDevice) -> None:
@@ -34,14 +33,6 @@ class Transport:
         queues = self.device.queues
         return queues[self.queue_sel] if self.queue_sel < len(queues) else None
 
-    def unready_queue(self) -> Queue | None:
-        """The selected queue, if it may be set up now."""
-        queue = self.queue()
-        if queue is None or queue.ready:
-            self.ignore()
-            return None
-        return queue
-
     def device_features(self) -> int:
         """The selected word of the features offered."""
         if self.device_features_sel > 1:
@@ -50,52 +41,18 @@ class Transport:
 
     def driver_features(self) -> int:
         """The selected word of the driver's features."""
-        if self.driver_features_sel > 1:
-            return 0
-        return self.device.state.driver_features >> 32 * self.driver_features_sel & _LOW
+        return self.device.state.driver_features >> self._driver_features_shift() & _LOW
 
     def queue_ready(self) -> int:
         """1 when the selected queue is set up."""
         queue = self.queue()
         return int(queue.ready) if queue is not None else 0
 
-    def select_device_features(self, value: int) -> None:
-        """Which word device_features() reads."""
-        self.device_features_sel = value
-
-    def select_driver_features(self, value: int) -> None:
-        """Which word set_driver_features() writes."""
-        self.driver_features_sel = value
-
-    def select_queue(self, value: int) -> None:
-        """Which queue the queue registers are of."""
-        self.queue_sel = value
-
     def set_driver_features(self, value: int) -> None:
-        """Words past the second hold features no device of ours offers: any bit there is one
-        too many, and makes FEATURES_OK fail."""
-        shift = 32 * min(self.driver_features_sel, 2)
+        """Set the selected word of the driver's features."""
+        shift = self._driver_features_shift()
         others = self.device.state.driver_features & ~(_LOW << shift)
         self.device.state.accept_features(others | value << shift)
-
-    def set_queue_size(self, value: int) -> None:
-        """The selected queue's size; checked when it becomes ready."""
-        if queue := self.unready_queue():
-            queue.size = value
-
-    def set_queue_address(self, field: str, shift: int, value: int) -> None:
-        """32 bits of one of the selected queue's addresses, from bit `shift` on."""
-        if queue := self.unready_queue():
-            others: int = getattr(queue, field) & ~(_LOW << shift)
-            setattr(queue, field, others | value << shift)
-
-    def set_queue_ready(self, ready: bool) -> Deferred | None:
-        """The driver offers the selected queue, or takes it away."""
-        queue = self.queue()
-        if queue is None:
-            self.ignore()
-            return None
-        return Call(lambda: self.device.set_queue_ready(queue, ready))
 
     async def set_status(self, value: int) -> None:
         """The driver wrote the status field; loop."""
@@ -118,3 +75,8 @@ class Transport:
         """Likewise."""
         data = value.to_bytes(size, "little")
         return Call(lambda: self.device.write_config(at, data))
+
+    def _driver_features_shift(self) -> int:
+        """Words past the second hold features no device of ours offers: any bit there is one
+        too many, and makes FEATURES_OK fail."""
+        return 32 * min(self.driver_features_sel, 2)

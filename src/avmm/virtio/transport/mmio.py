@@ -7,6 +7,7 @@ from collections.abc import Callable
 from avmm.bus.region import Call, Deferred, Post
 from avmm.mem.layout import VIRTIO_MMIO_SLOT_BYTES
 from avmm.virtio.device import VirtioDevice
+from avmm.virtio.queue import Queue
 from avmm.virtio.transport.base import Transport
 
 SIZE_BYTES = VIRTIO_MMIO_SLOT_BYTES
@@ -50,7 +51,8 @@ _ADDRESSES = {
 
 
 class MmioTransport(Transport):
-    """A bus Region: read() and write() come from vCPU threads."""
+    """A bus Region: read() and write() come from vCPU threads, which latch selectors and
+    addresses."""
 
     def __init__(self, device: VirtioDevice) -> None:
         super().__init__(device)
@@ -68,12 +70,12 @@ class MmioTransport(Transport):
             **{register: lambda: _LOW for register in SHM_REGISTERS},  # no such region
         }
         self._writes: dict[int, Callable[[int], Deferred | None]] = {
-            DEVICE_FEATURES_SEL: self.select_device_features,
+            DEVICE_FEATURES_SEL: self._select_device_features,
             DRIVER_FEATURES: self.set_driver_features,
-            DRIVER_FEATURES_SEL: self.select_driver_features,
-            QUEUE_SEL: self.select_queue,
-            QUEUE_SIZE: self.set_queue_size,
-            QUEUE_READY: lambda value: self.set_queue_ready(bool(value & 1)),
+            DRIVER_FEATURES_SEL: self._select_driver_features,
+            QUEUE_SEL: self._select_queue,
+            QUEUE_SIZE: self._set_queue_size,
+            QUEUE_READY: lambda value: self._set_queue_ready(bool(value & 1)),
             QUEUE_NOTIFY: lambda value: Post(lambda: self.notify(value)),
             INTERRUPT_ACK: device.interrupts.acknowledge,
             STATUS: lambda value: Call(lambda: self.set_status(value)),
@@ -106,7 +108,7 @@ class MmioTransport(Transport):
         if size != 4:
             self.ignore()
         elif offset in _ADDRESSES:
-            self.set_queue_address(*_ADDRESSES[offset], value)
+            self._set_queue_address(*_ADDRESSES[offset], value)
         elif register := self._writes.get(offset):
             return register(value)
         else:
@@ -116,3 +118,36 @@ class MmioTransport(Transport):
     def _queue_size_max(self) -> int:
         queue = self.queue()
         return queue.max_size if queue is not None else 0
+
+    def _unready_queue(self) -> Queue | None:
+        """The selected queue, if it may be set up now."""
+        queue = self.queue()
+        if queue is None or queue.ready:
+            self.ignore()
+            return None
+        return queue
+
+    def _select_device_features(self, value: int) -> None:
+        self.device_features_sel = value
+
+    def _select_driver_features(self, value: int) -> None:
+        self.driver_features_sel = value
+
+    def _select_queue(self, value: int) -> None:
+        self.queue_sel = value
+
+    def _set_queue_size(self, value: int) -> None:
+        if queue := self._unready_queue():
+            queue.size = value
+
+    def _set_queue_address(self, field: str, shift: int, value: int) -> None:
+        if queue := self._unready_queue():
+            others: int = getattr(queue, field) & ~(_LOW << shift)
+            setattr(queue, field, others | value << shift)
+
+    def _set_queue_ready(self, ready: bool) -> Deferred | None:
+        queue = self.queue()
+        if queue is None:
+            self.ignore()
+            return None
+        return Call(lambda: self.device.set_queue_ready(queue, ready))

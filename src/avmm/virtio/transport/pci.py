@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import struct
-from collections.abc import Callable
 from typing import Protocol
 
-from avmm.bus.region import Call, Deferred, Post, Region
+from avmm.bus.region import Deferred, Post, Region
 from avmm.errors import HostError
 from avmm.pci.function import Function, Identity
 from avmm.pci.msix import VECTORS_MAX, Messages, Msix
 from avmm.virtio.device import VirtioDevice
-from avmm.virtio.interrupt import NO_FD, Interrupt
-from avmm.virtio.transport.base import Transport
+from avmm.virtio.transport.pci_common import COMMON_BYTES, CommonConfig
+from avmm.virtio.transport.pci_vectors import Vectors
 
 VENDOR_ID = 0x1AF4
 DEVICE_ID_BASE = 0x1040
-NO_VECTOR = 0xFFFF
 
 VENDOR_CAPABILITY_ID = 0x09
 CFG_COMMON, CFG_NOTIFY, CFG_ISR, CFG_DEVICE, CFG_PCI = 1, 2, 3, 4, 5
 """cfg_type of struct virtio_pci_cap (4.1.4)."""
-
-# struct virtio_pci_common_cfg (4.1.4.3).
-DEVICE_FEATURE_SELECT = 0x00
-DEVICE_FEATURE = 0x04
-DRIVER_FEATURE_SELECT = 0x08
-DRIVER_FEATURE = 0x0C
-CONFIG_MSIX_VECTOR = 0x10
-NUM_QUEUES = 0x12
-DEVICE_STATUS = 0x14
-CONFIG_GENERATION = 0x15
-QUEUE_SELECT = 0x16
-QUEUE_SIZE = 0x18
-QUEUE_MSIX_VECTOR = 0x1A
-QUEUE_ENABLE = 0x1C
-QUEUE_NOTIFY_OFF = 0x1E
-QUEUE_DESC = 0x20
-QUEUE_DRIVER = 0x28
-QUEUE_DEVICE = 0x30
-COMMON_BYTES = 0x38
 
 # The one BAR.
 BAR_BYTES = 0x10000
@@ -52,16 +30,6 @@ NOTIFY = 0x4000
 TABLE = 0x8000
 _PART_BYTES = 0x1000
 NOTIFY_OFF_MULTIPLIER = 4
-
-_LOW = 0xFFFF_FFFF
-_ADDRESSES = {
-    QUEUE_DESC: ("desc_gpa", 0),
-    QUEUE_DESC + 4: ("desc_gpa", 32),
-    QUEUE_DRIVER: ("driver_gpa", 0),
-    QUEUE_DRIVER + 4: ("driver_gpa", 32),
-    QUEUE_DEVICE: ("device_gpa", 0),
-    QUEUE_DEVICE + 4: ("device_gpa", 32),
-}
 
 
 class Notifications(Protocol):
@@ -76,12 +44,13 @@ class Notifications(Protocol):
         ...
 
 
-class PciTransport(Transport):
+class PciTransport:
     """A PCI function, and the bus Region behind its BAR.
 
     Read and written on vCPU threads, made and closed on the loop. Vectors and what follows from
     them are the loop's.
 
+    common, msix: also hold Registers for the C loop of vCPUs.
     notify_bytes: the width of a notification that KVM takes; 0: any.
     """
 
@@ -93,15 +62,13 @@ class PciTransport(Transport):
         *,
         notify_bytes: int,
     ) -> None:
-        super().__init__(device)
+        self.device = device
         self._notifications = notifications
         self._notify_bytes = notify_bytes
         self._registered: list[tuple[int, int]] = []
-        self._config_vector = NO_VECTOR
-        self._queue_vectors = [NO_VECTOR] * len(device.queues)
         self.function = Function(_identity(device))
         self._bar = self.function.add_bar(BAR_BYTES, self)
-        self._bar.on_move.append(self._register_notifications)
+        self._bar.on_move.append(self._move)
         self.msix = Msix(
             self.function,
             self._bar,
@@ -110,53 +77,48 @@ class PciTransport(Transport):
             table_offset=TABLE,
             pba_offset=PBA,
         )
-        self.msix.on_enable = self._apply_vectors
-        self.msix.on_refused = self.ignore
+        self._vectors = Vectors(device.interrupts, len(device.queues), self.msix)
+        self.msix.on_enable = self._vectors.apply
+        self.common = CommonConfig(device, self._vectors)
+        self.msix.on_refused = self.common.ignore
         self._add_capabilities()
-        self._reads = self._common_reads()
-        self._writes = self._common_writes()
 
     def read(self, offset: int, size: int) -> int:
-        """Fields are read whole (4.1.3.1); the device's configuration is bytes."""
+        """What the C loop does not answer."""
         part, at = offset & -_PART_BYTES, offset % _PART_BYTES
+        if part == COMMON:
+            return self.common.read(at, size)
         if part == DEVICE:
-            return self.read_config(at, size)
+            return self.common.read_config(at, size)
         if part == PBA:
             return self.msix.read_pending(at, size)
         if offset >= TABLE:
             return self.msix.read_table(offset - TABLE, size)
         if (offset, size) == (ISR, 1):
             return self._take_isr()
-        if field := self._reads.get((offset, size)):
-            return field()
-        self.ignore()
+        self.common.ignore()
         return 0
 
     def write(self, offset: int, size: int, value: int) -> Deferred | None:
         """Likewise."""
         value &= (1 << 8 * size) - 1
         part, at = offset & -_PART_BYTES, offset % _PART_BYTES
+        if part == COMMON:
+            return self.common.write(at, size, value)
         if part == DEVICE:
-            return self.write_config(at, size, value)
+            return self.common.write_config(at, size, value)
         if part == NOTIFY:
             return self._notified(at)
         if offset >= TABLE:
             return self.msix.write_table(offset - TABLE, size, value)
-        if field := self._writes.get((offset, size)):
-            return field(value)
-        self.ignore()
+        self.common.ignore()
         return None
 
     def close(self) -> None:
-        """Give back the vectors; the device is at rest and no vCPU runs. Idempotent."""
-        self._forget_vectors()
+        """Give back vectors and registers; the device is at rest and no vCPU runs. Idempotent."""
+        self._vectors.forget()
         self.msix.close()
-
-    async def set_status(self, value: int) -> None:
-        """The driver wrote the status field; a reset takes the vectors back (4.1.5.1.2.1)."""
-        await super().set_status(value)
-        if value & 0xFF == 0:
-            self._forget_vectors()
+        self.common.close()
 
     def _add_capabilities(self) -> None:
         add = self.function.add_capability
@@ -172,57 +134,6 @@ class PciTransport(Transport):
         at = add(VENDOR_CAPABILITY_ID, _capability(CFG_PCI, 0, 0, bytes(4)), writable)
         self.function.add_window(at + 16, 4, _ConfigAccess(self.function, at, self))
 
-    def _common_reads(self) -> dict[tuple[int, int], Callable[[], int]]:
-        device = self.device
-        reads: dict[tuple[int, int], Callable[[], int]] = {
-            (DEVICE_FEATURE_SELECT, 4): lambda: self.device_features_sel,
-            (DEVICE_FEATURE, 4): self.device_features,
-            (DRIVER_FEATURE_SELECT, 4): lambda: self.driver_features_sel,
-            (DRIVER_FEATURE, 4): self.driver_features,
-            (CONFIG_MSIX_VECTOR, 2): lambda: self._config_vector,
-            (NUM_QUEUES, 2): lambda: len(device.queues),
-            (DEVICE_STATUS, 1): lambda: device.state.status,
-            (CONFIG_GENERATION, 1): lambda: device.config.generation & 0xFF,
-            (QUEUE_SELECT, 2): lambda: self.queue_sel,
-            (QUEUE_SIZE, 2): lambda: self._of_queue("size"),
-            (QUEUE_MSIX_VECTOR, 2): self._queue_vector,
-            (QUEUE_ENABLE, 2): self.queue_ready,
-            (QUEUE_NOTIFY_OFF, 2): lambda: self._of_queue("index"),
-        }
-        for offset, (name, shift) in _ADDRESSES.items():
-            reads[offset, 4] = functools.partial(self._queue_address, name, shift)
-        return reads
-
-    def _common_writes(self) -> dict[tuple[int, int], Callable[[int], Deferred | None]]:
-        writes: dict[tuple[int, int], Callable[[int], Deferred | None]] = {
-            (DEVICE_FEATURE_SELECT, 4): self.select_device_features,
-            (DRIVER_FEATURE_SELECT, 4): self.select_driver_features,
-            (DRIVER_FEATURE, 4): self.set_driver_features,
-            (CONFIG_MSIX_VECTOR, 2): lambda value: Call(lambda: self._set_config_vector(value)),
-            (DEVICE_STATUS, 1): lambda value: Call(lambda: self.set_status(value)),
-            (QUEUE_SELECT, 2): self.select_queue,
-            (QUEUE_SIZE, 2): self.set_queue_size,
-            (QUEUE_MSIX_VECTOR, 2): self._write_queue_vector,
-            (QUEUE_ENABLE, 2): self._enable_queue,
-        }
-        for offset, (name, shift) in _ADDRESSES.items():
-            writes[offset, 4] = functools.partial(self.set_queue_address, name, shift)
-        return writes
-
-    def _of_queue(self, field: str) -> int:
-        """A field of the selected queue; 0 when there is none, which says so (4.1.4.3.1)."""
-        queue = self.queue()
-        return 0 if queue is None else int(getattr(queue, field))
-
-    def _queue_address(self, field: str, shift: int) -> int:
-        return self._of_queue(field) >> shift & _LOW
-
-    def _enable_queue(self, value: int) -> Deferred | None:
-        if value == 1:
-            return self.set_queue_ready(True)
-        self.ignore()  # a driver does not write 0 (4.1.4.3.2): a queue ends with a reset
-        return None
-
     def _take_isr(self) -> int:
         """Reading the ISR status clears it (4.1.4.5). It tells of all that came since, on
         whatever vector, which is how a driver that uses none finds out."""
@@ -235,12 +146,13 @@ class PciTransport(Transport):
         index, rest = divmod(at, NOTIFY_OFF_MULTIPLIER)
         queues = self.device.queues
         if rest or index >= len(queues) or not queues[index].ready:
-            self.ignore()
+            self.common.ignore()
             return None
-        return Post(lambda: self.notify(index))
+        return Post(lambda: self.common.notify(index))
 
-    def _register_notifications(self) -> None:
-        """Let KVM's ioeventfds follow the BAR."""
+    def _move(self) -> None:
+        """Let registers and KVM's ioeventfds follow the BAR."""
+        self.common.registers.move(None if self._bar.gpa is None else self._bar.gpa + COMMON)
         for fd, gpa in self._registered:
             self._notifications.remove_ioeventfd(fd, gpa, self._notify_bytes, None)
         self._registered.clear()
@@ -252,48 +164,9 @@ class PciTransport(Transport):
                 self._notifications.ioeventfd(queue.kick_fd, gpa, self._notify_bytes, None)
             except HostError:
                 # A guest that puts one BAR over another; its notifications come as exits.
-                self.ignore()
+                self.common.ignore()
                 continue
             self._registered.append((queue.kick_fd, gpa))
-
-    def _queue_vector(self) -> int:
-        queue = self.queue()
-        return NO_VECTOR if queue is None else self._queue_vectors[queue.index]
-
-    def _write_queue_vector(self, value: int) -> Deferred | None:
-        queue = self.queue()
-        if queue is None:
-            self.ignore()
-            return None
-        return Call(lambda: self._set_queue_vector(queue.index, value))
-
-    def _set_config_vector(self, value: int) -> None:
-        self._config_vector = self._acceptable(value)
-        self._apply(self.device.interrupts.config, self._config_vector)
-
-    def _set_queue_vector(self, index: int, value: int) -> None:
-        self._queue_vectors[index] = self._acceptable(value)
-        self._apply(self.device.interrupts.queue(index), self._queue_vectors[index])
-
-    def _forget_vectors(self) -> None:
-        self._config_vector = NO_VECTOR
-        self._queue_vectors = [NO_VECTOR] * len(self._queue_vectors)
-        self._apply_vectors()
-
-    def _acceptable(self, vector: int) -> int:
-        """A vector that does not exist reads back as none: the driver's to notice (4.1.5.1.2)."""
-        return vector if vector < len(self.msix) else NO_VECTOR
-
-    def _apply_vectors(self) -> None:
-        interrupts = self.device.interrupts
-        self._apply(interrupts.config, self._config_vector)
-        for index, vector in enumerate(self._queue_vectors):
-            self._apply(interrupts.queue(index), vector)
-
-    def _apply(self, interrupt: Interrupt, vector: int) -> None:
-        """Without MSI-X, and without a vector, only the ISR status tells."""
-        connected = self.msix.enabled and vector != NO_VECTOR
-        interrupt.set_fd(self.msix.fd(vector) if connected else NO_FD)
 
 
 class _ConfigAccess:
