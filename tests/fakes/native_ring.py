@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import random
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from avmm.mem.guest import GuestMemory
 from avmm.native import CData, ffi, lib
 from avmm.units import MIB
 from avmm.virtio import features
-from fakes.driver_queue import DriverQueue, Segment, driver_queue
+from fakes.driver_queue import AVAIL, USED, DriverQueue, Segment, driver_queue
 from fakes.ring import OracleChain
 
 RING_GPA = 0x10000
@@ -266,3 +267,45 @@ def random_segments(rng: random.Random, at_most: int) -> list[Segment]:
         Segment(DATA_GPA + rng.randrange(0x1000), rng.randint(1, 5000), writable=i >= readable)
         for i in range(count)
     ]
+
+
+def play_garbage(size: int, negotiated: int, *, seeds: int, steps: int) -> set[str]:
+    """Rings that a driver fills at random, with some sense and with none. What is taken lies in
+    memory, as pop() checks, and a restart always helps; the kinds of faults that were met."""
+    faults: set[str] = set()
+    for seed in range(seeds):
+        rng = random.Random(seed)
+        with native_ring(size, negotiated) as native:
+            taken: list[int] = []
+            for _ in range(steps):
+                _scribble(native, rng)
+                try:
+                    chain = native.pop()
+                except OSError as e:
+                    faults.add(str(e.strerror))
+                    native.stop()
+                    assert native.start() == 0
+                    taken = []
+                    continue
+                if chain is not None:
+                    taken.append(chain.head)
+                if taken and rng.random() < 0.5:
+                    native.push(taken.pop(0), rng.getrandbits(32))
+                    native.flush()
+    return faults
+
+
+def _scribble(native: NativeRing, rng: random.Random) -> None:
+    """A descriptor of the ring or of a table; and for a split ring a head made available."""
+    driver, packed = native.driver, bool(native.negotiated & features.RING_PACKED)
+    gpa = rng.choice((DATA_GPA, TABLE_GPA, MEMORY_BYTES - 8, rng.getrandbits(64)))
+    length = rng.choice((16, 32, 48, 1000, 0, rng.getrandbits(32)))
+    other = rng.randrange(driver.size + 1)  # next, or id
+    flags = rng.randrange(8) | (rng.choice((AVAIL, USED)) if packed else 0)
+    entry = struct.pack("<QIHH", gpa, length, *((other, flags) if packed else (flags, other)))
+    place = rng.choice((driver.desc_gpa, driver.desc_gpa, TABLE_GPA))
+    native.memory.write(place + 16 * rng.randrange(driver.size), entry)
+    if not packed and rng.random() < 0.5:
+        jump = rng.choice((0, 0, 0, driver.size + 1))
+        driver.set_avail_idx(native.statistics().next_avail + jump)
+        driver.offer_head(rng.randrange(driver.size + 1))

@@ -18,6 +18,7 @@ from fakes.native_ring import (
     TABLE_GPA,
     NativeRing,
     native_ring,
+    play_garbage,
     play_histories,
 )
 from fakes.ring import OracleChain, OracleRing
@@ -34,6 +35,12 @@ def native() -> Iterator[NativeRing]:
 @pytest.mark.parametrize("size", [1, 2, 8, 64, 256])
 def test_random_histories_equal_the_oracles(size: int, event_idx: int, in_order: int) -> None:
     play_histories(OracleRing, size, event_idx | in_order, seeds=8, steps=250)
+
+
+@pytest.mark.parametrize("event_idx", [0, features.RING_EVENT_IDX])
+def test_whatever_a_driver_writes_stays_in_memory(event_idx: int) -> None:
+    faults = play_garbage(8, event_idx, seeds=20, steps=200)
+    assert faults >= {"avail-jump", "bad-gpa", "bad-head", "indirect-size", "zero-length"}
 
 
 @pytest.mark.slow

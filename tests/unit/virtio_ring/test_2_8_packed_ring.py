@@ -29,6 +29,7 @@ from fakes.native_ring import (
     TABLE_GPA,
     NativeRing,
     native_ring,
+    play_garbage,
     play_histories,
 )
 from fakes.packed_ring import PackedOracleRing
@@ -74,6 +75,12 @@ def spin(native: NativeRing, count: int) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 255, 256])
 def test_random_histories_equal_the_oracles(size: int, event_idx: int, in_order: int) -> None:
     play_histories(PackedOracleRing, size, PACKED | event_idx | in_order, seeds=6, steps=250)
+
+
+@pytest.mark.parametrize("event_idx", [0, EVENT_IDX])
+def test_whatever_a_driver_writes_stays_in_memory(event_idx: int) -> None:
+    faults = play_garbage(7, PACKED | event_idx, seeds=20, steps=200)
+    assert faults >= {"bad-gpa", "bad-id", "chain-order", "indirect-size", "zero-length"}
 
 
 @pytest.mark.slow
