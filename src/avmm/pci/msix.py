@@ -66,7 +66,8 @@ class Msix:
 
     The C loop keeps the table, and what is written there while it has no effect; the rest comes
     to read_table() and write_table(), on vCPU threads, as the Bar's region forwards it. Made,
-    changed and closed on the loop.
+    changed and closed on the loop. Raises HostError("descriptors") when made with more vectors
+    than the process may have open files.
 
     on_enable: called when MSI-X was switched on or off.
     on_refused: called for a message that is no interrupt; its vector sends nothing.
@@ -91,7 +92,13 @@ class Msix:
         self._messages = messages
         self._table_offset = table_offset
         self._masked_all = False
-        self._vectors = [_Vector(_eventfd(), messages.new_gsi()) for _ in range(vectors)]
+        self._vectors: list[_Vector] = []
+        try:
+            for _ in range(vectors):
+                self._vectors.append(_Vector(_eventfd(), messages.new_gsi()))
+        except BaseException:
+            self.close()
+            raise
         for index in range(vectors):
             at = index * ENTRY_BYTES
             self.table.define(at, 8, 0, writable=_ADDRESS_WRITABLE)
@@ -217,4 +224,8 @@ class Msix:
 
 
 def _eventfd() -> int:
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError as e:
+        remedy = "each queue has a vector; give it fewer queues, or raise `ulimit -n`"
+        raise HostError("descriptors", op="eventfd", errno=e.errno, remedy=remedy) from e

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
 from avmm.bus.region import Deferred
+from avmm.errors import HostError
 from avmm.pci import function as header
 from avmm.pci.function import Function, Identity
 from avmm.pci.msix import (
@@ -206,6 +208,21 @@ async def test_a_message_that_kvm_refuses_sends_nothing(bench: Bench) -> None:
     await bench.entry(0, masked=True)
     await bench.mask(0, False)
     assert bench.raised(0) == (ADDRESS, 0x30)
+
+
+def test_too_many_vectors_say_so_and_leave_nothing() -> None:
+    function = Function(Identity(1, 2, 3))
+    bar = function.add_bar(0x10000, Part())
+    before = os.listdir("/proc/self/fd")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + 20, hard))
+    try:
+        with pytest.raises(HostError, match="ulimit -n"):
+            Msix(function, bar, FakeMessages(), vectors=500, table_offset=TABLE, pba_offset=PBA)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert os.listdir("/proc/self/fd") == before
+    function.close()
 
 
 async def test_what_lies_past_the_table_is_nothing(bench: Bench) -> None:

@@ -69,14 +69,18 @@ class PciTransport:
         self.function = Function(_identity(device))
         self._bar = self.function.add_bar(BAR_BYTES, self)
         self._bar.on_move.append(self._move)
-        self.msix = Msix(
-            self.function,
-            self._bar,
-            messages,
-            vectors=min(len(device.queues) + 1, VECTORS_MAX),
-            table_offset=TABLE,
-            pba_offset=PBA,
-        )
+        try:
+            self.msix = Msix(
+                self.function,
+                self._bar,
+                messages,
+                vectors=min(len(device.queues) + 1, VECTORS_MAX),
+                table_offset=TABLE,
+                pba_offset=PBA,
+            )
+        except BaseException:
+            self.function.close()
+            raise
         self._vectors = Vectors(device.interrupts, len(device.queues), self.msix)
         self.msix.on_enable = self._vectors.apply
         self.common = CommonConfig(device, self._vectors)
