@@ -3,6 +3,9 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/timerfd.h>
+#include <time.h>
+#include <unistd.h>
 
 #define KICK 0u /* source number */
 /* A portion of a run: what is started by one submission, and shown to the driver before the next,
@@ -48,6 +51,12 @@ static int take(struct av_blk *blk, uint64_t *bytes)
     return 1;
 }
 
+/* Whether chains may be taken, and there is a slot for one. */
+static bool can_take(const struct av_blk *blk)
+{
+    return blk->lane.taking && blk->free != NULL;
+}
+
 /* Submit what is queued and complete what is done. A request may need one operation after the
  * other, thousands of them, so what is still queued after a few is for the next run. */
 static void settle(struct av_blk *blk)
@@ -62,6 +71,14 @@ static void settle(struct av_blk *blk)
         if (blk->queued == 0)
             break;
     }
+}
+
+/* Show the driver what is done, and interrupt it if it wants that. */
+static void flush(struct av_blk *blk)
+{
+    blk->finished = 0;
+    blk->hold.count = 0;
+    av_vring_flush(blk->ring);
 }
 
 /* Take, start and complete requests, a portion after the other; 1 when the ring may hold more. */
@@ -83,8 +100,8 @@ static int serve(struct av_blk *blk)
         bytes += portion_bytes;
         /* A driver that sleeps takes longer to wake than we need for the next portions, so it is
          * woken by the first one; and by the end of the run, if it sleeps then. */
-        if (taken == portion)
-            av_vring_flush(blk->ring);
+        if (taken == portion && result > 0)
+            flush(blk);
         else
             av_vring_show(blk->ring);
     } while (result > 0 && taken < blk->config.depth && bytes < RUN_BYTES);
@@ -96,10 +113,32 @@ static struct av_blk *of(struct av_lane *lane)
     return (struct av_blk *)lane;
 }
 
-/* Whether chains may be taken, and there is a slot for one. */
-static bool can_take(const struct av_blk *blk)
+static uint64_t now_ns(void)
 {
-    return blk->lane.taking && blk->free != NULL;
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* Whether the driver may wait a moment for its interrupt; then the timer is set. */
+static bool holds_back(struct av_blk *blk)
+{
+    uint64_t before_ns = blk->hold.until_ns, until_ns;
+    struct itimerspec at = { 0 };
+    bool due;
+
+    if (blk->finished == 0)
+        return false;
+    /* A file that takes its time is to have as many requests as the driver can make. */
+    due = can_take(blk) && blk->in_flight == 0 && av_vring_interrupt_due(blk->ring);
+    until_ns = av_hold_until(&blk->hold, blk->finished - blk->hold.count, due, now_ns());
+    if (until_ns == 0 || until_ns == before_ns)
+        return until_ns != 0;
+    at.it_value.tv_sec = (time_t)(until_ns / 1000000000u);
+    at.it_value.tv_nsec = (long)(until_ns % 1000000000u);
+    /* Without a timer to rely on nobody may be made to wait. */
+    return timerfd_settime(blk->timer_fd, TFD_TIMER_ABSTIME, &at, NULL) == 0;
 }
 
 static int blk_run(struct av_lane *lane, uint32_t ready)
@@ -110,7 +149,9 @@ static int blk_run(struct av_lane *lane, uint32_t ready)
     if (ready & 1u << KICK)
         av_vring_count_kick(blk->ring);
     more = serve(blk);
-    av_vring_flush(blk->ring);
+    if (more == 0 && blk->queued == 0 && holds_back(blk))
+        return 0;
+    flush(blk);
     /* To be submitted in any case: a fault of the ring is found again by the next run. */
     if (blk->queued != 0)
         return 1;
@@ -126,7 +167,7 @@ static bool blk_arm(struct av_lane *lane)
     bool more = blk->engine->ops->arm(blk->engine);
 
     /* Without a free slot the next completion goes on with the ring, not a kick. */
-    if (can_take(blk))
+    if (can_take(blk) && !av_holds(&blk->hold))
         more |= av_vring_kicks_on(blk->ring) != 0;
     return more;
 }
@@ -135,12 +176,15 @@ static bool blk_pending(struct av_lane *lane)
 {
     struct av_blk *blk = of(lane);
 
-    return (can_take(blk) && av_vring_pending(blk->ring)) || blk->engine->ops->ready(blk->engine);
+    return (can_take(blk) && !av_holds(&blk->hold) && av_vring_pending(blk->ring)) ||
+           blk->engine->ops->ready(blk->engine);
 }
 
 static bool blk_idle(const struct av_lane *lane)
 {
-    return ((const struct av_blk *)lane)->in_flight == 0;
+    const struct av_blk *blk = (const struct av_blk *)lane;
+
+    return blk->in_flight == 0 && !av_holds(&blk->hold);
 }
 
 static const struct av_lane_ops lane_ops = {
@@ -185,9 +229,14 @@ static int set_up(struct av_blk *blk, const struct av_blk_config *config, struct
     if (blk->engine == NULL)
         return error;
     error = -av_lane_init(&blk->lane, home, &lane_ops, 1);
-    if (error == 0)
-        av_lane_add_source(&blk->lane, blk->engine->event_fd, EPOLLIN);
-    return error;
+    if (error != 0)
+        return error;
+    av_lane_add_source(&blk->lane, blk->engine->event_fd, EPOLLIN);
+    blk->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    if (blk->timer_fd < 0)
+        return errno;
+    av_lane_add_source(&blk->lane, blk->timer_fd, EPOLLIN);
+    return 0;
 }
 
 struct av_blk *av_blk_create(const struct av_blk_config *config, struct av_home *home,
@@ -200,6 +249,8 @@ struct av_blk *av_blk_create(const struct av_blk_config *config, struct av_home 
         return NULL;
     }
     blk->config = *config;
+    blk->timer_fd = -1;
+    av_hold_init(&blk->hold);
     blk->ring = ring;
     blk->iov_max = config->seg_max + 2; /* header and status */
     blk->limits = (struct av_blk_limits){
@@ -221,6 +272,8 @@ void av_blk_destroy(struct av_blk *blk)
     if (blk == NULL)
         return;
     av_lane_fini(&blk->lane);
+    if (blk->timer_fd >= 0)
+        close(blk->timer_fd);
     if (blk->engine != NULL)
         blk->engine->ops->destroy(blk->engine);
     free(blk->slots);

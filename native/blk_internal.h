@@ -8,6 +8,7 @@
 #include "blk.h"
 #include "blk_engine.h"
 #include "blk_req.h"
+#include "hold.h"
 #include "lane.h"
 
 /* A request in flight. What every transfer uses comes first, and fits into few cache lines. */
@@ -33,7 +34,10 @@ struct av_blk {
     struct av_blk_engine *engine;
     uint32_t iov_max;
     uint32_t in_flight;
-    uint32_t queued; /* operations handed to the engine since its last submit */
+    uint32_t queued;   /* operations handed to the engine since its last submit */
+    uint32_t finished; /* requests since the driver's last interrupt was due */
+    struct av_hold hold;
+    int timer_fd;      /* for the end of a hold */
     struct av_blk_slot *slots;
     struct av_blk_slot *free;
     struct iovec *iovs;

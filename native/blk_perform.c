@@ -24,6 +24,7 @@ void av_blk_finish(struct av_blk *blk, struct av_blk_slot *slot, uint8_t status)
     }
     *slot->req.status = status;
     av_vring_push(blk->ring, slot->head, written);
+    blk->finished++;
     slot->next_free = blk->free;
     blk->free = slot;
     blk->in_flight--;

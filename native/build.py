@@ -16,6 +16,7 @@ MODULES = (
     "gmem",
     "interrupt",
     "vring",
+    "hold",
     "home",
     "relay",
     "rng",

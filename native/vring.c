@@ -157,10 +157,24 @@ void av_vring_show(struct av_vring *ring)
         av_inflight_publish(ring);
 }
 
+static bool wants_interrupt(const struct av_vring *ring, uint16_t count)
+{
+    return ring->is_packed ? av_vring_packed_wants_interrupt(ring, count)
+                           : av_vring_split_wants_interrupt(ring, count);
+}
+
+int av_vring_interrupt_due(const struct av_vring *ring)
+{
+    uint16_t count = ring->is_packed ? ring->packed.batch
+                                     : (uint16_t)(ring->next_used - ring->split.published);
+
+    count = (uint16_t)(count + ring->shown);
+    return ring->running && count != 0 && wants_interrupt(ring, count);
+}
+
 void av_vring_flush(struct av_vring *ring)
 {
     uint16_t shown;
-    bool wanted;
 
     av_vring_show(ring);
     shown = ring->shown;
@@ -172,9 +186,7 @@ void av_vring_flush(struct av_vring *ring)
      * of that and its last look at the ring. Without it each could miss the other's store, and the
      * driver would sleep with work in the ring. */
     atomic_thread_fence(memory_order_seq_cst);
-    wanted = ring->is_packed ? av_vring_packed_wants_interrupt(ring, shown)
-                             : av_vring_split_wants_interrupt(ring, shown);
-    if (wanted) {
+    if (wants_interrupt(ring, shown)) {
         ring->stats.interrupts++;
         av_interrupt_raise(ring->interrupt, 1);
     } else {
