@@ -287,6 +287,17 @@ struct av_lane *av_blk_lane(struct av_blk *blk)
     return &blk->lane;
 }
 
+int av_blk_pin(struct av_blk *blk, const struct av_gmem *mem)
+{
+    return blk->engine->ops->pin == NULL ? 0 : blk->engine->ops->pin(blk->engine, mem);
+}
+
+void av_blk_unpin(struct av_blk *blk)
+{
+    if (blk->engine->ops->unpin != NULL)
+        blk->engine->ops->unpin(blk->engine);
+}
+
 void av_blk_set_writeback(struct av_blk *blk, int writeback)
 {
     av_lane_lock(&blk->lane);

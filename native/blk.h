@@ -51,6 +51,10 @@ struct av_blk *av_blk_create(const struct av_blk_config *config, struct av_home 
                              struct av_vring *ring, int *error);
 void av_blk_destroy(struct av_blk *blk); /* its lane is at rest */
 struct av_lane *av_blk_lane(struct av_blk *blk); /* kick 0: the ring's */
+/* Keep memory in place, for less work a transfer; its lane at rest, as for av_blk_unpin(), which
+ * comes before the memory goes. 0 or -errno. Nothing when it is pinned, or has no io_uring. */
+int av_blk_pin(struct av_blk *blk, const struct av_gmem *mem);
+void av_blk_unpin(struct av_blk *blk);
 void av_blk_set_writeback(struct av_blk *blk, int writeback);
 void av_blk_set_capacity(struct av_blk *blk, uint64_t sectors);
 void av_blk_statistics(struct av_blk *blk, struct av_blk_stats *out);

@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "gmem.h"
+
 enum av_blk_op_kind {
     AV_BLK_OP_READ,
     AV_BLK_OP_WRITE,
@@ -40,6 +42,10 @@ struct av_blk_engine_ops {
     bool (*ready)(struct av_blk_engine *engine);
     /* Signal event_fd when something finishes from now on; true when something already has. */
     bool (*arm)(struct av_blk_engine *engine);
+    /* Keep this memory in place for transfers: the engine need not look it up for each. 0 or
+     * -errno. NULL: of no use. It has to be undone before the memory goes; nothing in flight. */
+    int (*pin)(struct av_blk_engine *engine, const struct av_gmem *mem);
+    void (*unpin)(struct av_blk_engine *engine); /* nothing when it is not pinned */
     void (*destroy)(struct av_blk_engine *engine); /* nothing may be in flight */
 };
 

@@ -14,16 +14,59 @@
 
 #define SUBMIT_TRIES 1000
 #define COPY_MAX_BYTES (1u << 20)
+#define PINNED_MAX_BYTES (1ull << 30) /* the kernel's limit of a registered buffer */
 
 struct uring_engine {
     struct av_blk_engine base;
     struct io_uring ring;
     struct av_blk_op *refused; /* not started, and not given back yet */
+    struct iovec *pinned;      /* memory that is registered, NULL: none */
+    uint32_t pinned_count;
 };
 
 static struct uring_engine *of(struct av_blk_engine *engine)
 {
     return (struct uring_engine *)engine;
+}
+
+/* Which registered buffer holds a transfer's memory as a whole; -1: none. */
+static int pinned_at(const struct uring_engine *engine, const struct av_blk_op *op)
+{
+    uintptr_t at = (uintptr_t)op->iov->iov_base;
+
+    if (op->iov_count != 1)
+        return -1;
+    for (uint32_t i = 0; i < engine->pinned_count; i++) {
+        uintptr_t begin = (uintptr_t)engine->pinned[i].iov_base;
+
+        if (at >= begin && at - begin < engine->pinned[i].iov_len)
+            return op->iov->iov_len <= engine->pinned[i].iov_len - (at - begin) ? (int)i : -1;
+    }
+    return -1;
+}
+
+static void prepare_transfer(struct uring_engine *engine, struct io_uring_sqe *sqe,
+                             const struct av_blk_op *op)
+{
+    unsigned length = (unsigned)op->iov->iov_len;
+    void *at = op->iov->iov_base;
+    int buffer = pinned_at(engine, op);
+
+    if (op->kind == AV_BLK_OP_READ) {
+        if (buffer >= 0)
+            io_uring_prep_read_fixed(sqe, 0, at, length, op->offset, buffer);
+        else if (op->iov_count == 1)
+            io_uring_prep_read(sqe, 0, at, length, op->offset);
+        else
+            io_uring_prep_readv(sqe, 0, op->iov, op->iov_count, op->offset);
+        return;
+    }
+    if (buffer >= 0)
+        io_uring_prep_write_fixed(sqe, 0, at, length, op->offset, buffer);
+    else if (op->iov_count == 1)
+        io_uring_prep_write(sqe, 0, at, length, op->offset);
+    else
+        io_uring_prep_writev(sqe, 0, op->iov, op->iov_count, op->offset);
 }
 
 static void uring_queue(struct av_blk_engine *engine, struct av_blk_op *op)
@@ -33,16 +76,8 @@ static void uring_queue(struct av_blk_engine *engine, struct av_blk_op *op)
 
     switch (op->kind) {
     case AV_BLK_OP_READ:
-        if (op->iov_count == 1)
-            io_uring_prep_read(sqe, 0, op->iov->iov_base, (unsigned)op->iov->iov_len, op->offset);
-        else
-            io_uring_prep_readv(sqe, 0, op->iov, op->iov_count, op->offset);
-        break;
     case AV_BLK_OP_WRITE:
-        if (op->iov_count == 1)
-            io_uring_prep_write(sqe, 0, op->iov->iov_base, (unsigned)op->iov->iov_len, op->offset);
-        else
-            io_uring_prep_writev(sqe, 0, op->iov, op->iov_count, op->offset);
+        prepare_transfer(of(engine), sqe, op);
         break;
     case AV_BLK_OP_SYNC:
         io_uring_prep_fsync(sqe, 0, IORING_FSYNC_DATASYNC);
@@ -153,8 +188,54 @@ static bool uring_arm(struct av_blk_engine *engine)
     return uring_ready(engine);
 }
 
+static void uring_unpin(struct av_blk_engine *base)
+{
+    struct uring_engine *engine = of(base);
+
+    if (engine->pinned == NULL)
+        return;
+    io_uring_unregister_buffers(&engine->ring);
+    free(engine->pinned);
+    engine->pinned = NULL;
+    engine->pinned_count = 0;
+}
+
+static int uring_pin(struct av_blk_engine *base, const struct av_gmem *mem)
+{
+    struct uring_engine *engine = of(base);
+    uint32_t count = 0, at = 0;
+    int result;
+
+    if (engine->pinned != NULL)
+        return 0;
+    for (uint32_t i = 0; i < mem->count; i++)
+        count += (uint32_t)((mem->region[i].size_bytes + PINNED_MAX_BYTES - 1) / PINNED_MAX_BYTES);
+    engine->pinned = calloc(count + 1, sizeof(*engine->pinned));
+    if (engine->pinned == NULL)
+        return -ENOMEM;
+    for (uint32_t i = 0; i < mem->count; i++) {
+        uint64_t size_bytes = mem->region[i].size_bytes;
+
+        for (uint64_t done = 0; done < size_bytes; done += PINNED_MAX_BYTES) {
+            uint64_t left = size_bytes - done;
+
+            engine->pinned[at].iov_base = mem->region[i].hva + done;
+            engine->pinned[at++].iov_len = left < PINNED_MAX_BYTES ? left : PINNED_MAX_BYTES;
+        }
+    }
+    result = io_uring_register_buffers(&engine->ring, engine->pinned, count);
+    if (result < 0) {
+        free(engine->pinned);
+        engine->pinned = NULL;
+        return result;
+    }
+    engine->pinned_count = count;
+    return 0;
+}
+
 static void uring_destroy(struct av_blk_engine *engine)
 {
+    uring_unpin(engine);
     /* The kernel frees a ring some time after its exit, and the file with it: an unmount right
      * after the VM would find it busy. */
     io_uring_unregister_files(&of(engine)->ring);
@@ -169,6 +250,8 @@ static const struct av_blk_engine_ops uring_ops = {
     .reap = uring_reap,
     .ready = uring_ready,
     .arm = uring_arm,
+    .pin = uring_pin,
+    .unpin = uring_unpin,
     .destroy = uring_destroy,
 };
 

@@ -266,3 +266,16 @@ async def test_queues_do_not_wait_for_each_other(image: Path, socket_path: str) 
         await end.stop_ring(1)
         for queue in (0, 2):
             assert (await blk.request(IN, read_bytes=512, queue=queue))[0] == OK
+
+
+async def test_pinned_memory_goes_with_its_front_end(image: Path, socket_path: str) -> None:
+    disk = Disk(str(image), pinned=True)
+    async with VhostUserServer(disk, socket_path, io_threads=1):
+        for sector in range(3):
+            async with front_end(socket_path) as end:
+                await end.start()
+                blk = BlkDriver(end)
+                for _ in range(2):
+                    read = await blk.request(IN, sector, read_bytes=512)
+                    assert read == (OK, contents(image)[512 * sector : 512 * (sector + 1)])
+                    assert await end.set_memory() == 0

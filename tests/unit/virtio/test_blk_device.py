@@ -242,6 +242,28 @@ async def test_direct_takes_memory_that_is_not_aligned(plugged: Plugged, image: 
     assert read == contents(image)[:block_bytes]
 
 
+async def test_pinned_memory_takes_every_shape_of_transfer(plugged: Plugged, image: Path) -> None:
+    fill(image, os.urandom(SIZE_BYTES))
+    before = contents(image)
+    async with plugged(pinned=True) as (rig, blk):
+        for _ in range(2):  # a reset lets go of it, and a start pins it again
+            assert await blk.request(IN, 8, read_bytes=8 * KIB) == (OK, before[4096 : 4096 + 8192])
+            assert await blk.request(OUT, 64, before[:4096]) == (OK, b"")
+            rig.memory.write(DATA_GPA, struct.pack("<IIQ", IN, 0, 1))
+            rig.driver.queues[0].offer(
+                Segment(DATA_GPA, 16),
+                Segment(DATA_GPA + 0x1003, 100, writable=True),
+                Segment(DATA_GPA + 0x3001, 413, writable=True),
+            )
+            rig.driver.kick(0)
+            await rig.driver.used(0)
+            read = rig.memory.read(DATA_GPA + 0x1003, 100) + rig.memory.read(DATA_GPA + 0x3001, 413)
+            assert read == before[512:1024] + bytes([OK])
+            await rig.driver.start()
+            assert (await blk.request(FLUSH))[0] == OK
+    assert contents(image)[64 * 512 : 64 * 512 + 4096] == before[:4096]
+
+
 async def test_the_driver_switches_the_cache_mode_and_reset_switches_it_back(
     plugged: Plugged,
 ) -> None:
