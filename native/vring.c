@@ -165,11 +165,7 @@ static bool wants_interrupt(const struct av_vring *ring, uint16_t count)
 
 int av_vring_interrupt_due(const struct av_vring *ring)
 {
-    uint16_t count = ring->is_packed ? ring->packed.batch
-                                     : (uint16_t)(ring->next_used - ring->split.published);
-
-    count = (uint16_t)(count + ring->shown);
-    return ring->running && count != 0 && wants_interrupt(ring, count);
+    return ring->running && ring->shown != 0 && wants_interrupt(ring, ring->shown);
 }
 
 void av_vring_flush(struct av_vring *ring)

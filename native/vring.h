@@ -99,7 +99,7 @@ void av_vring_push(struct av_vring *ring, uint16_t head, uint32_t written_bytes)
 void av_vring_show(struct av_vring *ring);
 /* Show all pushed elements to the driver and interrupt it at most once, if it wants that. */
 void av_vring_flush(struct av_vring *ring);
-/* Whether a flush would interrupt it, as things are now. */
+/* Whether it wants an interrupt for what it was shown since the last flush. */
 int av_vring_interrupt_due(const struct av_vring *ring);
 /* Ask the driver not to kick, for as long as the ring is being emptied anyway. */
 void av_vring_kicks_off(struct av_vring *ring);
