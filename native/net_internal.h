@@ -62,7 +62,8 @@ struct av_net {
 
 /* Whether a frame that begins with these bytes is for the guest. */
 bool av_net_wanted(const struct av_net_filter *filter, const uint8_t *frame);
-/* Move packets, a bounded number. 1 more to do, 0, or -EPROTO. */
+/* Move packets, a bounded number. 1 more to do, 0, or -EPROTO. Transmitting leaves the driver's
+ * interrupt to the caller, who flushes the ring. */
 int av_net_receive(struct av_net *net);
 int av_net_transmit(struct av_net *net);
 

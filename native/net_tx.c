@@ -57,6 +57,6 @@ int av_net_transmit(struct av_net *net)
         if (--left % SHOW_EVERY == 0)
             av_vring_show(ring);
     }
-    av_vring_flush(ring);
+    av_vring_show(ring);
     return result;
 }
