@@ -5,6 +5,9 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
+#include <sys/timerfd.h>
+#include <time.h>
+#include <unistd.h>
 
 /* Source numbers. */
 #define RX_KICK 0u
@@ -30,7 +33,7 @@ static int net_run(struct av_lane *lane, uint32_t ready)
 {
     struct av_net *net = of(lane);
     uint64_t before = net->stats.tx_packets;
-    int received = 0, sent = 0;
+    int received = 0, sent = 0, result;
 
     if (ready & 1u << RX_KICK)
         av_vring_count_kick(net->rx.ring);
@@ -46,10 +49,10 @@ static int net_run(struct av_lane *lane, uint32_t ready)
      * now, the answer saves a wake-up of ours, and the driver one of its two. */
     if (can_receive(net) && (net->rx.readable || net->stats.tx_packets != before))
         received = av_net_receive(net);
-    av_vring_flush(net->tx.ring);
-    if (received < 0 || sent < 0)
-        return received < 0 ? received : sent;
-    return received | sent;
+    result = received < 0 ? received : sent < 0 ? sent : received | sent;
+    if (result != 0 || !av_net_holds_back(net))
+        av_net_flush_tx(net);
+    return result;
 }
 
 /* Whether the TAP takes packets again. A TAP remembers to tell only when it was asked while it
@@ -71,7 +74,7 @@ static bool net_arm(struct av_lane *lane)
         return false;
     if (net->tx.full)
         more = tap_has_room(net);
-    else
+    else if (!av_holds(&net->tx.hold))
         more = av_vring_kicks_on(net->tx.ring) != 0;
     /* While the guest has room, the TAP's event goes on with the ring, not a kick. */
     if (can_receive(net) && net->rx.starved)
@@ -85,13 +88,13 @@ static bool net_pending(struct av_lane *lane)
 
     if (can_receive(net) && net->rx.starved && av_vring_pending(net->rx.ring))
         return true;
-    return can_transmit(net) && av_vring_pending(net->tx.ring);
+    return can_transmit(net) && !av_holds(&net->tx.hold) && av_vring_pending(net->tx.ring);
 }
 
 static bool net_idle(const struct av_lane *lane)
 {
-    (void)lane;
-    return true; /* a run ends what it begins; buffers held are the ring's affair */
+    /* Receive buffers that are held are the ring's affair. */
+    return !av_holds(&((const struct av_net *)lane)->tx.hold);
 }
 
 static const struct av_lane_ops lane_ops = {
@@ -111,10 +114,15 @@ static int set_up(struct av_net *net, struct av_home *home, int fd)
     if (staging == MAP_FAILED)
         return errno;
     net->rx.staging = staging;
+    net->tx.timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    if (net->tx.timer_fd < 0)
+        return errno;
     result = av_lane_init(&net->lane, home, &lane_ops, 2);
-    if (result == 0)
-        av_lane_add_source(&net->lane, fd, EPOLLIN | EPOLLOUT);
-    return -result;
+    if (result < 0)
+        return -result;
+    av_lane_add_source(&net->lane, fd, EPOLLIN | EPOLLOUT);
+    av_lane_add_source(&net->lane, net->tx.timer_fd, EPOLLIN);
+    return 0;
 }
 
 struct av_net *av_net_create(struct av_home *home, int fd, struct av_vring *rx,
@@ -129,6 +137,8 @@ struct av_net *av_net_create(struct av_home *home, int fd, struct av_vring *rx,
     net->fd = fd;
     net->rx.ring = rx;
     net->tx.ring = tx;
+    net->tx.timer_fd = -1;
+    av_hold_init(&net->tx.hold);
     net->rx.readable = net->link_up = true;
     *error = set_up(net, home, fd);
     if (*error != 0) {
@@ -143,6 +153,8 @@ void av_net_destroy(struct av_net *net)
     if (net == NULL)
         return;
     av_lane_fini(&net->lane);
+    if (net->tx.timer_fd >= 0)
+        close(net->tx.timer_fd);
     if (net->rx.staging != NULL)
         munmap(net->rx.staging, AV_NET_PACKET_MAX_BYTES);
     free(net);

@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "hold.h"
 #include "lane.h"
 #include "net.h"
 
@@ -47,6 +48,9 @@ struct av_net_rx {
 
 struct av_net_tx {
     struct av_vring *ring;
+    struct av_hold hold;
+    int timer_fd; /* ends a hold */
+    uint32_t done; /* chains shown since the ring was flushed */
     bool full; /* the TAP takes no more for now */
 };
 
@@ -62,9 +66,12 @@ struct av_net {
 
 /* Whether a frame that begins with these bytes is for the guest. */
 bool av_net_wanted(const struct av_net_filter *filter, const uint8_t *frame);
-/* Move packets, a bounded number. 1 more to do, 0, or -EPROTO. Transmitting leaves the driver's
- * interrupt to the caller, who flushes the ring. */
+/* Move packets, a bounded number. 1 more to do, 0, or -EPROTO. Transmitting shows the driver what
+ * went, and leaves its interrupt to av_net_flush_tx(). */
 int av_net_receive(struct av_net *net);
 int av_net_transmit(struct av_net *net);
+/* Whether that interrupt may wait a moment; then the timer is set. */
+bool av_net_holds_back(struct av_net *net);
+void av_net_flush_tx(struct av_net *net);
 
 #endif

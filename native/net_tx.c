@@ -7,7 +7,9 @@
 #include "net_internal.h"
 
 #include <errno.h>
+#include <sys/timerfd.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #define BUDGET_PACKETS 128u
@@ -35,7 +37,42 @@ static int send_one(struct av_net *net, const struct av_chain *chain)
         net->stats.tx_bytes += (uint64_t)sent - AV_NET_HEADER_BYTES;
     }
     av_vring_push(net->tx.ring, chain->head, 0);
+    net->tx.done++;
     return 0;
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+bool av_net_holds_back(struct av_net *net)
+{
+    struct av_net_tx *tx = &net->tx;
+    uint64_t before_ns = tx->hold.until_ns, until_ns;
+    struct itimerspec at = { 0 };
+    bool due;
+
+    if (tx->done == 0)
+        return false;
+    due = net->lane.taking && !tx->full && av_vring_interrupt_due(tx->ring);
+    until_ns = av_hold_until(&tx->hold, tx->done - tx->hold.count, due, now_ns());
+    if (until_ns == 0 || until_ns == before_ns)
+        return until_ns != 0;
+    at.it_value.tv_sec = (time_t)(until_ns / 1000000000u);
+    at.it_value.tv_nsec = (long)(until_ns % 1000000000u);
+    /* Without a timer to rely on nobody may be made to wait. */
+    return timerfd_settime(tx->timer_fd, TFD_TIMER_ABSTIME, &at, NULL) == 0;
+}
+
+void av_net_flush_tx(struct av_net *net)
+{
+    net->tx.done = 0;
+    net->tx.hold.count = 0;
+    av_vring_flush(net->tx.ring);
 }
 
 int av_net_transmit(struct av_net *net)

@@ -73,6 +73,25 @@ async def test_frames_wait_in_the_ring_while_the_tap_is_full(plugged: Plugged) -
         assert net.rig.device.statistics().counters["tx_dropped"] == 0
 
 
+async def test_the_driver_is_told_of_every_frame_that_went(plugged: Plugged) -> None:
+    async with plugged() as net:
+        for at in range(100):
+            for _ in range(at % 3 + 1):  # some at a time, so that it pays to hold an interrupt back
+                net.send(b"frame")
+                await net.tap.sent()
+            assert len(await net.rig.driver.used(TX, at % 3 + 1)) == at % 3 + 1
+
+
+async def test_at_rest_no_interrupt_is_held_back(plugged: Plugged) -> None:
+    async with plugged() as net:
+        for _ in range(50):
+            net.send(b"frame")
+            await net.tap.sent()
+            await net.rig.device.quiesce()
+            await net.rig.driver.used(TX)
+            await net.rig.device.resume()
+
+
 async def test_a_large_frame_fills_several_buffers(plugged: Plugged) -> None:
     frame = os.urandom(5000)
     async with plugged() as net:

@@ -275,7 +275,7 @@ class NetDevice(VirtioDevice):
         if not 1 <= count <= self._pairs_max:
             return False
         self._pairs_active = count
-        # Their lanes come to rest at once, since nothing of theirs is ever in flight.
+        # Nothing is in flight on their lanes, if maybe an interrupt that they hold back.
         self._hold()
         self._work()
         return True
