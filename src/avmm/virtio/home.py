@@ -58,11 +58,8 @@ class Home:
         self._fd = int(lib.av_home_fd(self.native))
         self._notice_fd = int(lib.av_home_notice_fd(self.native))
         self._final_statistics = HomeStatistics(name, 0, 0, 0, 0, 0)
-        if poll_us is not None and (
-            result := lib.av_home_start_thread(self.native, poll_us * 1000)
-        ):
-            self._destroy()
-            raise HostError("thread", op=f"Starting I/O thread {name}", errno=-result)
+        if poll_us is not None:
+            self._start_thread(poll_us)
         loop.add_reader(self._notice_fd, self._notices)
         if poll_us is None:
             loop.add_reader(self._fd, self._turn)
