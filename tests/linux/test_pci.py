@@ -16,7 +16,7 @@ HOST, GUEST = "172.31.9.1", "172.31.9.2"
 LOOK = f"""
 sum() {{ head -c 4194304 /dev/vda | sha256sum | cut -d ' ' -f 1; }}
 vector() {{ sed -n "s/^ *\\([0-9]*\\):.*$1\\$/\\1/p" /proc/interrupts; }}
-count() {{ awk -v n="$1" '$NF == n {{ print $2 + $3 }}' /proc/interrupts; }}
+count() {{ awk -v n="$1" '$NF ~ n {{ sum += $2 + $3 }} END {{ print sum + 0 }}' /proc/interrupts; }}
 for d in /sys/bus/pci/devices/*; do
     echo "FACT function $(cd $d && echo ${{d##*/}} $(cat vendor device class))"
 done
@@ -24,7 +24,7 @@ echo "FACT sum $(sum)"
 ping -c 2 -W 10 {HOST} >/dev/null && echo "FACT ping ok"
 head -c 64 /dev/hwrng >/dev/null
 for name in $(awk '/PCI-MSI/ {{ print $NF }}' /proc/interrupts); do echo "FACT vector $name"; done
-echo "FACT disk $(count virtio0-req.0)"
+echo "FACT disk $(count virtio0-req)"
 for cpu in 2 1 2; do echo $cpu >/proc/irq/$(vector virtio1-input.0)/smp_affinity; done
 before=$(count virtio1-input.0)
 ping -c 2 -W 10 {HOST} >/dev/null
@@ -49,7 +49,7 @@ FUNCTIONS = [
     "0000:00:03.0 0x1af4 0x1044 0xff0000",
 ]
 VECTORS = {
-    *("virtio0-config", "virtio0-req.0"),
+    *("virtio0-config", "virtio0-req.0", "virtio0-req.1"),
     *("virtio1-config", "virtio1-input.0", "virtio1-output.0"),
     *("virtio2-config", "virtio2-input"),
 }
