@@ -27,7 +27,9 @@ from avmm.bench.guest.kit import Kit
 from avmm.errors import AvmmError, GuestFault
 from avmm.loop import run
 from avmm.machine.config import Config
+from avmm.machine.lifecycle import State
 from avmm.machine.machine import MicroVM
+from avmm.machine.reason import ExitKind
 from avmm.units import MIB
 from avmm.virtio.devices.blk import Disk
 from avmm.virtio.devices.net import Tap
@@ -144,8 +146,12 @@ async def soak(
         began = time.monotonic()
         await _watch(vm, result, seconds, interval_s, say)
         async with asyncio.timeout(_END_LIMIT_S):
-            await vm.wait()
+            reason = await vm.wait()
         result.seconds = time.monotonic() - began
+        if reason.kind is not ExitKind.POWEROFF:
+            result.problems.append(
+                f"the guest ended: {reason}\n{said[-2000:].decode('ascii', 'replace')}"
+            )
     _judge_data(result, said.decode(errors="replace"), images)
     _judge_holdings(result)
     return result
@@ -167,6 +173,10 @@ async def _watch(
     before = _progress(vm)
     for _ in range(int(seconds / interval_s)):
         await asyncio.sleep(interval_s)
+        if vm.state is not State.RUNNING:
+            after_s = (result.intervals + 1) * interval_s
+            result.problems.append(f"the guest was gone after {after_s:.0f} s of {seconds:.0f}")
+            return
         now = _progress(vm)
         for device, count in now.items():
             if count == before[device]:
