@@ -3,7 +3,7 @@
 The guest writes and reads back, sends and has sent back, and compares every byte; this side looks
 at the counters of every device, and at what this process holds, once an interval.
 
-python -m avmm.bench.guest.soak [--minutes M] [--io-threads N] [--transport pci|mmio]
+python -m avmm.bench.guest.soak [--minutes M] [--cpus N] [--io-threads N] [--transport pci|mmio]
 """
 
 from __future__ import annotations
@@ -248,6 +248,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/soak")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--interval", type=float, default=10.0, metavar="SECONDS")
+    parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--io-threads", type=int, default=0)
     parser.add_argument("--transport", choices=("pci", "mmio"), default="pci")
     asked = parser.parse_args()
@@ -266,6 +267,7 @@ def main() -> int:
                     seconds=asked.minutes * 60,
                     interval_s=asked.interval,
                     say=say,
+                    cpus=asked.cpus,
                     io_threads=asked.io_threads,
                     transport=asked.transport,
                 )
