@@ -170,12 +170,15 @@ async def _watch(
     vm: MicroVM, result: Soak, seconds: float, interval_s: float, say: Callable[[str], None]
 ) -> None:
     """Look at progress and holdings once an interval, up to the end of the load."""
-    before = _progress(vm)
-    for _ in range(int(seconds / interval_s)):
-        await asyncio.sleep(interval_s)
-        if vm.state is not State.RUNNING:
-            after_s = (result.intervals + 1) * interval_s
-            result.problems.append(f"the guest was gone after {after_s:.0f} s of {seconds:.0f}")
+    before, began = _progress(vm), time.monotonic()
+    last = int(seconds / interval_s)
+    for index in range(1, last + 1):
+        # By the clock: the guest ends by its own, and late intervals would add up.
+        await asyncio.sleep(began + index * interval_s - time.monotonic())
+        # Its clock may be a little ahead, so that it has ended by the last look.
+        if vm.state is not State.RUNNING and index < last:
+            gone_s = index * interval_s
+            result.problems.append(f"the guest was gone after {gone_s:.0f} s of {seconds:.0f}")
             return
         now = _progress(vm)
         for device, count in now.items():
