@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _LazyOptions(run, "avmm.cli.run")
+    listing = commands.add_parser("list", help="the running microVMs that have a name")
+    _LazyOptions(listing, "avmm.cli.list")
     vhost_user = commands.add_parser(
         "vhost-user", help="serve a disk or a NIC to another VMM's guest"
     )

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from avmm.cli.instance import claimed
 from avmm.cli.main import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED
 from avmm.cli.terminal import ESCAPE_NAME, Input, Output, is_terminal, raw_mode
 from avmm.config import field_description, field_hint, parse_option, read_file
@@ -49,6 +50,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         else:
             parser.add_argument(flag, dest=name, metavar=_metavar(name), help=text)
     parser.add_argument(
+        "--name", metavar="NAME", help="by which other commands find it while it runs (avmm list)"
+    )
+    parser.add_argument(
         "--stats",
         action="store_true",
         help="counters as JSON on stderr: the final ones, and the present ones on SIGUSR1",
@@ -65,7 +69,8 @@ def run(options: argparse.Namespace) -> int:
     config = make_config(options)
     attached = is_terminal()
     try:
-        ending = run_loop(_run(config, attached, options.stats))
+        with claimed(options.name) if options.name is not None else contextlib.nullcontext():
+            ending = run_loop(_run(config, attached, options.stats))
     except asyncio.CancelledError:
         return EXIT_TERMINATED
     except HostError as e:
