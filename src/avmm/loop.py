@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
+
+from avmm.errors import HostError
 
 T = TypeVar("T")
 
@@ -20,6 +24,46 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     import uvloop  # costs a program that never runs a loop (`avmm --help`) nothing
 
     return uvloop.run(main)
+
+
+def on_thread(function: Callable[..., T], *args: object) -> asyncio.Future[T]:
+    """Run `function` on a thread of its own, for what blocks; its result, on the running loop.
+
+    The future is done when the thread has ended. Cancelling it does not stop the thread: await
+    it by asyncio.shield() or asyncio.wait(). The loop's own pool would be shared with whatever
+    else the user blocks there. Raises HostError("thread").
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def main() -> None:
+        try:
+            settle = functools.partial(_set_result, done, thread, function(*args))
+        except BaseException as e:
+            settle = functools.partial(_set_exception, done, thread, e)
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+            loop.call_soon_threadsafe(settle)
+
+    thread = threading.Thread(target=main, name="avmm-work")
+    try:
+        thread.start()
+    except RuntimeError as e:
+        raise HostError("thread", op="Starting a thread", remedy=str(e)) from e
+    return done
+
+
+def _set_result(done: asyncio.Future[T], thread: threading.Thread, result: T) -> None:
+    thread.join()
+    if not done.done():
+        done.set_result(result)
+
+
+def _set_exception(
+    done: asyncio.Future[Any], thread: threading.Thread, error: BaseException
+) -> None:
+    thread.join()
+    if not done.done():
+        done.set_exception(error)
 
 
 class LoopClosed(Exception):
