@@ -11,40 +11,73 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from avmm.errors import (
-        AvmmError,
-        BugError,
-        ConfigError,
-        GuestFault,
-        HostError,
-        SnapshotError,
-    )
+    from avmm.errors import AvmmError, BugError, ConfigError, GuestFault, HostError, SnapshotError
+    from avmm.legacy.serial16550 import SerialStatistics
     from avmm.machine.config import Config
+    from avmm.machine.console import Console
+    from avmm.machine.events import (
+        ConsoleClosed,
+        DeviceFault,
+        DriverGone,
+        DriverReady,
+        Ended,
+        Event,
+        Events,
+        EventsLost,
+        LinkChanged,
+        Paused,
+        Resumed,
+        Started,
+        StopRequested,
+    )
     from avmm.machine.lifecycle import State
     from avmm.machine.machine import MachineStatistics, MicroVM
     from avmm.machine.reason import ExitKind, ExitReason
+    from avmm.machine.vcpu.thread import VcpuStatistics
     from avmm.vhost_user.server import ServerStatistics, VhostUserServer
+    from avmm.virtio.device import DeviceStatistics
     from avmm.virtio.devices.blk import Disk
     from avmm.virtio.devices.net import Tap
     from avmm.virtio.devices.rng import Rng
+    from avmm.virtio.home import HomeStatistics
+    from avmm.virtio.queue import QueueStatistics
 
 _HOMES = {
     "AvmmError": "avmm.errors",
     "BugError": "avmm.errors",
     "Config": "avmm.machine.config",
     "ConfigError": "avmm.errors",
+    "Console": "avmm.machine.console",
+    "ConsoleClosed": "avmm.machine.events",
+    "DeviceFault": "avmm.machine.events",
+    "DeviceStatistics": "avmm.virtio.device",
     "Disk": "avmm.virtio.devices.blk",
+    "DriverGone": "avmm.machine.events",
+    "DriverReady": "avmm.machine.events",
+    "Ended": "avmm.machine.events",
+    "Event": "avmm.machine.events",
+    "Events": "avmm.machine.events",
+    "EventsLost": "avmm.machine.events",
     "ExitKind": "avmm.machine.reason",
     "ExitReason": "avmm.machine.reason",
     "GuestFault": "avmm.errors",
+    "HomeStatistics": "avmm.virtio.home",
     "HostError": "avmm.errors",
+    "LinkChanged": "avmm.machine.events",
     "MachineStatistics": "avmm.machine.machine",
     "MicroVM": "avmm.machine.machine",
+    "Paused": "avmm.machine.events",
+    "QueueStatistics": "avmm.virtio.queue",
+    "Resumed": "avmm.machine.events",
     "Rng": "avmm.virtio.devices.rng",
+    "SerialStatistics": "avmm.legacy.serial16550",
     "ServerStatistics": "avmm.vhost_user.server",
     "SnapshotError": "avmm.errors",
+    "Started": "avmm.machine.events",
     "State": "avmm.machine.lifecycle",
+    "StopRequested": "avmm.machine.events",
     "Tap": "avmm.virtio.devices.net",
+    "VcpuStatistics": "avmm.machine.vcpu.thread",
     "VhostUserServer": "avmm.vhost_user.server",
 }
 
@@ -53,18 +86,37 @@ __all__ = [
     "BugError",
     "Config",
     "ConfigError",
+    "Console",
+    "ConsoleClosed",
+    "DeviceFault",
+    "DeviceStatistics",
     "Disk",
+    "DriverGone",
+    "DriverReady",
+    "Ended",
+    "Event",
+    "Events",
+    "EventsLost",
     "ExitKind",
     "ExitReason",
     "GuestFault",
+    "HomeStatistics",
     "HostError",
+    "LinkChanged",
     "MachineStatistics",
     "MicroVM",
+    "Paused",
+    "QueueStatistics",
+    "Resumed",
     "Rng",
+    "SerialStatistics",
     "ServerStatistics",
     "SnapshotError",
+    "Started",
     "State",
+    "StopRequested",
     "Tap",
+    "VcpuStatistics",
     "VhostUserServer",
     "__version__",
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import tomllib
+import types
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -14,7 +16,22 @@ from avmm.errors import ConfigError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+_SHOWN_MAX = 60
+
 _SWITCH = {"on": True, "off": False}
+
+
+class Checked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of configuration structs: each value is of its field's declared type.
+
+    A struct with a __post_init__() of its own calls super().__post_init__() first.
+    """
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError("value") that names the first bad field, its value and its type."""
+        for name, hint in _hints(type(self)).items():
+            if problem := _mismatch(getattr(self, name), hint, name):
+                raise ConfigError("value", f"{type(self).__name__}: {problem}")
 
 
 def field_hint(struct: type[msgspec.Struct], name: str, key: str) -> Any:
@@ -54,21 +71,36 @@ def parse_option(text: str, struct: type[T], what: str) -> T:
             values[struct.__struct_fields__[0]] = part
         else:
             raise ConfigError("option", f"{what} {text}: {_unknown(key, aliases)}")
-    return convert(values, struct, f"{what} {text}", strict=False)
+    return convert_text(values, struct, f"{what} {text}")
 
 
-def convert(values: Mapping[str, Any], struct: type[T], what: str, *, strict: bool = True) -> T:
-    """A struct from plain values, checked; ConfigError names the key."""
-    known = struct.__struct_fields__
-    for key in values:
-        if key not in known:
-            raise ConfigError("unknown-key", f"{what}: {_unknown(key, known)}")
+def convert_text(values: Mapping[str, Any], struct: type[T], what: str) -> T:
+    """A struct from values of which some are still text, as on a command line: "2" is a 2."""
     try:
-        return msgspec.convert(values, struct, strict=strict)
+        return msgspec.convert(values, struct, strict=False)
     except msgspec.ValidationError as e:
         if isinstance(e.__cause__, ConfigError):
             raise e.__cause__ from None
         raise ConfigError("value", f"{what}: {e}") from e
+
+
+def convert(values: Mapping[str, Any], struct: type[T], what: str) -> T:
+    """A struct from plain values, checked; ConfigError names the key.
+
+    what: begins the message; "FILE: " or, with the path of a part of it, "FILE: disks[0].".
+    """
+    known = struct.__struct_fields__
+    for key in values:
+        if key not in known:
+            begin = f"{what[:-1]}: " if what.endswith(".") else what
+            raise ConfigError("unknown-key", f"{begin}{_unknown(key, known)}")
+    for field in msgspec.structs.fields(struct):
+        if field.name not in values:
+            if field.required:
+                raise ConfigError("value", f"{what}{field.name} is missing")
+        elif problem := _mismatch(values[field.name], _hints(struct)[field.name], field.name):
+            raise ConfigError("value", f"{what}{problem}")
+    return struct(**values)
 
 
 def read_file(path: str) -> dict[str, Any]:
@@ -98,3 +130,59 @@ def _unknown(key: str, known: Mapping[str, str] | tuple[str, ...]) -> str:
     near = difflib.get_close_matches(key, list(known), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     return f"unknown key {key!r}; {hint}"
+
+
+@functools.cache
+def _hints(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    hints = get_type_hints(struct)
+    return {name: hints[name] for name in struct.__struct_fields__}
+
+
+def _mismatch(value: Any, hint: Any, path: str) -> str | None:
+    """What is wrong with a value of a declared type, and at which path; None when nothing is."""
+    if hint is Any or (hint is None and value is None):
+        return None
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        problems = [_mismatch(value, arm, path) for arm in args]
+        if None in problems:
+            return None
+        inside = [p for p in problems if p and not p.startswith(f"{path}: ")]
+        return inside[0] if inside else _is_not(value, hint, path)
+    if origin is Literal:
+        fits = any(value == arg and type(value) is type(arg) for arg in args)
+        return None if fits else _is_not(value, hint, path)
+    if not _is_instance(value, origin or hint):
+        return _is_not(value, hint, path)
+    if isinstance(value, str) and "\0" in value:
+        return f"{path}: {_shown(value)} has a NUL in it"
+    if isinstance(value, list) and args:
+        items = (_mismatch(item, args[0], f"{path}[{at}]") for at, item in enumerate(value))
+        return next(filter(None, items), None)
+    return None
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _is_not(value: Any, hint: Any, path: str) -> str:
+    return f"{path}: {_shown(value)} is not {_described(hint)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."
+
+
+def _described(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_described(arm) for arm in args)
+    if origin is Literal:
+        return " or ".join(repr(arg) for arg in args)
+    if origin is list:
+        return f"list of {_described(args[0])}"
+    return "None" if hint is type(None) else str(getattr(hint, "__name__", hint))

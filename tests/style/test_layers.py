@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "avmm"
 
 FLOORS = (
-    ("errors", "units", "log", "config", "metrics"),
+    ("errors", "units", "log", "config", "metrics", "frozen"),
     ("native", "loop", "kvm", "mem"),
     ("bus", "pci", "legacy", "boot", "block", "hostnet"),
     ("virtio",),

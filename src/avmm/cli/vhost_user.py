@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from avmm.config import convert, field_description
+from avmm.config import convert_text, field_description
 from avmm.errors import ConfigError
 from avmm.log import log_to_stderr
 from avmm.loop import run as run_loop
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in _fields(options.struct)}
     values = {name: value for name, value in given.items() if value is not None}
     what = f"avmm vhost-user {options.struct.device_type.name}"
-    config: Disk | Tap = convert(values, options.struct, what, strict=False)
+    config: Disk | Tap = convert_text(values, options.struct, what)
     statistics = run_loop(_serve(config, options))
     if options.stats:
         print(json.dumps(asdict(statistics)), file=sys.stderr)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from avmm.boot.entry import EntryRegs
 from avmm.boot.load import BootSource, load
-from avmm.errors import HostError
+from avmm.errors import GuestFault, HostError
 from avmm.kvm.system import Kvm
 from avmm.kvm.vcpu import Vcpu
 from avmm.kvm.vm import Vm
@@ -27,7 +27,7 @@ from avmm.machine.mmio_slots import MmioSlots, acpi_devices
 from avmm.machine.pci_slots import PciSlots, acpi_root
 from avmm.machine.platform import Platform, add_platform
 from avmm.machine.reason import ExitKind, ExitReason
-from avmm.machine.slots import Backplane, Slot, assign_slots, plug
+from avmm.machine.slots import Backplane, Slot, Surroundings, assign_slots, plug
 from avmm.machine.vcpu.exits import Exits
 from avmm.machine.vcpu.setup import set_up
 from avmm.machine.vcpu.thread import VcpuThread
@@ -39,6 +39,20 @@ from avmm.virtio.device import VirtioDevice
 from avmm.virtio.home import Homes
 
 End = Callable[[ExitReason], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """Whom the parts tell what happens; all are called on the loop.
+
+    end: whenever the machine has to end, maybe many times. fault, ready: of a device, by its id:
+    what the guest did wrong, whether its driver is set up.
+    """
+
+    end: End
+    fault: Callable[[str, GuestFault], None]
+    ready: Callable[[str, bool], None]
+    console_closed: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +68,11 @@ class Parts:
     homes: Homes
 
 
-async def build(config: Config, stack: AsyncExitStack, end: End) -> Parts:
-    """The machine, ready to run: its vCPU threads wait at the gate.
-
-    end: called on the loop whenever the machine has to end; it may be called many times.
-    """
+async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Parts:
+    """The machine, ready to run: its vCPU threads wait at the gate."""
 
     def on_error(error: BaseException) -> None:
-        end(ExitReason(ExitKind.ERROR, f"{type(error).__name__}: {error}"))
+        reports.end(ExitReason(ExitKind.ERROR, f"{type(error).__name__}: {error}"))
 
     kvm = Kvm.open()
     stack.callback(kvm.close)
@@ -72,15 +83,19 @@ async def build(config: Config, stack: AsyncExitStack, end: End) -> Parts:
     stack.callback(memory.close)
     async with _loading(memory, config, slots) as loading:
         vm = _create_vm(kvm, memory, stack)
-        platform = add_platform(vm, stack, end)
+        platform = add_platform(vm, stack, reports.end)
         homes = Homes.create(
             asyncio.get_running_loop(), threads=config.io_threads, poll_us=config.io_poll_us
         )
         stack.callback(homes.close)
         backplane = _backplane(config, kvm, vm, platform, stack)
-        devices = await plug(slots, backplane, memory, homes, stack, on_error, config.cpus)
+        surroundings = Surroundings(
+            memory, homes, stack, config.cpus, on_error, reports.fault, reports.ready
+        )
+        devices = await plug(slots, backplane, surroundings)
         registers = await asyncio.shield(loading)
     console = Console(platform.serial)
+    stack.callback(reports.console_closed)
     stack.callback(console.close)
     console.start()
     gate = Gate(asyncio.get_running_loop(), config.cpus)
@@ -101,7 +116,7 @@ async def build(config: Config, stack: AsyncExitStack, end: End) -> Parts:
             exits=exits,
             gate=gate,
             bridge=bridge,
-            on_end=end,
+            on_end=reports.end,
         )
         threads.append(thread)
     gate.kicks = [thread.kick for thread in threads]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 
 from avmm.boot.cmdline import guest_address
-from avmm.config import convert, parse_option, read_file
+from avmm.config import Checked, convert, parse_option, read_file
 from avmm.errors import ConfigError
 from avmm.mem.layout import CPUS_MAX
 from avmm.mem.region import HUGE_PAGE_BYTES
@@ -34,7 +34,7 @@ def _meta(description: str) -> msgspec.Meta:
     return msgspec.Meta(description=description)
 
 
-class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Config(Checked, frozen=True, kw_only=True):
     """All that a microVM is made of. Checked when it is made: raises ConfigError."""
 
     kernel: Annotated[str, _meta("bzImage or ELF vmlinux")]
@@ -47,8 +47,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     cpus: Annotated[int, _meta("number of vCPUs")] = 1
     memory: Annotated[str | int, _meta("RAM, in bytes or like 512M or 2G")] = "256M"
     hugepages: Annotated[bool, _meta("back the RAM with huge pages of 2M")] = False
-    disks: Annotated[list[Disk], _meta("disks, in the order of /dev/vda, vdb, ...")] = []
-    nets: Annotated[list[Tap], _meta("network interfaces, each on a TAP of the host")] = []
+    disks: Annotated[list[Disk], _meta("disks, in the order of /dev/vda, vdb, ...")] = (
+        msgspec.field(default_factory=list)
+    )
+    nets: Annotated[list[Tap], _meta("network interfaces, each on a TAP of the host")] = (
+        msgspec.field(default_factory=list)
+    )
     rng: Annotated[bool | Rng, _meta("give the guest a source of random bytes")] = False
     transport: Annotated[
         Literal["pci", "mmio"],
@@ -71,17 +75,18 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ] = 10.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_cpus()
         self._check_memory()
-        if self.stop_grace_s < 0:
-            raise ConfigError("grace", f"stop_grace_s: {self.stop_grace_s} is negative")
+        if not self.stop_grace_s >= 0:
+            raise ConfigError("grace", f"stop_grace_s: {self.stop_grace_s} is negative or no time")
         check_io(self.io_threads, self.io_poll_us, self.devices())
         self._check_devices()
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], what: str) -> Self:
         """From plain values, as a config file holds them; `what` begins an error's message."""
-        return convert(_with_structs(values, what), cls, what)
+        return convert(_with_structs(values, what), cls, f"{what}: ")
 
     @classmethod
     def from_file(cls, path: str) -> Self:
@@ -173,7 +178,8 @@ def _with_structs(values: Mapping[str, Any], what: str) -> dict[str, Any]:
     for name, struct in DEVICE_STRUCTS.items():
         entry = result.get(name)
         if isinstance(entry, list):
-            result[name] = [_device(e, struct, f"{what}: {name}") for e in entry]
+            places = (f"{what}: {name}[{at}]" for at in range(len(entry)))
+            result[name] = [_device(e, struct, at) for e, at in zip(entry, places, strict=True)]
         elif isinstance(entry, dict | str):
             result[name] = _device(entry, struct, f"{what}: {name}")
     return result
@@ -182,4 +188,4 @@ def _with_structs(values: Mapping[str, Any], what: str) -> dict[str, Any]:
 def _device(entry: Any, struct: type[msgspec.Struct], what: str) -> Any:
     if isinstance(entry, str):
         return parse_option(entry, struct, what)
-    return convert(entry, struct, what) if isinstance(entry, dict) else entry
+    return convert(entry, struct, f"{what}.") if isinstance(entry, dict) else entry

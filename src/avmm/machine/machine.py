@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from avmm.errors import ConfigError
+from avmm.errors import ConfigError, GuestFault
+from avmm.frozen import FrozenDict
 from avmm.legacy.serial16550 import SerialStatistics
-from avmm.machine.builder import Parts, build
+from avmm.machine.builder import Parts, Reports, build
 from avmm.machine.config import Config
 from avmm.machine.console import Console
+from avmm.machine.events import (
+    EVENTS_LIMIT,
+    ConsoleClosed,
+    DeviceFault,
+    DriverGone,
+    DriverReady,
+    Ended,
+    EventHub,
+    Events,
+    LinkChanged,
+    Paused,
+    Resumed,
+    Started,
+    StopRequested,
+)
 from avmm.machine.lifecycle import State, uninterrupted
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.vcpu.thread import VcpuStatistics
@@ -27,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class MachineStatistics:
-    """Counters of one microVM, frozen at the moment of the call.
+    """Counters of one microVM, frozen at the moment of the call; hashable, and JSON by asdict().
 
     start_s: seconds from start() to the first guest instruction; 0 before.
     devices: by device id, each device's own record. homes: the loop's, then the I/O threads'.
@@ -37,15 +55,21 @@ class MachineStatistics:
     start_s: float
     vcpus: tuple[VcpuStatistics, ...]
     console: SerialStatistics
-    devices: dict[str, DeviceStatistics]
+    devices: Mapping[str, DeviceStatistics]
     homes: tuple[HomeStatistics, ...]
 
 
 class MicroVM:
-    """A microVM. All methods belong to the task's loop that start() ran on.
+    """A microVM, which lives once: new, starting, running (or paused), stopping, stopped.
 
     `async with MicroVM(config) as vm:` starts it and, on every way out, stops it and gives back
-    whatever it held: descriptors, threads, memory, TAPs.
+    whatever it held: descriptors, threads, memory, TAPs. A task that is cancelled while it starts
+    or inside the block takes the guest with it. asyncio.timeout() works around every call.
+
+    It belongs to the event loop on which start() or events() was called first; a call from another
+    loop or thread raises ConfigError("loop") and does nothing. A call that does not fit the state,
+    such as a second start(), raises ConfigError("state"). After the end wait(), stop(), kill(),
+    close(), statistics() and what the console has keep answering, and then from anywhere.
     """
 
     def __init__(self, config: Config) -> None:
@@ -53,11 +77,17 @@ class MicroVM:
         self._state = State.NEW
         self._parts: Parts | None = None
         self._stack = AsyncExitStack()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
+        self._started: asyncio.Future[None] | None = None
         self._ended: asyncio.Future[ExitReason] | None = None
         self._life: asyncio.Task[ExitReason] | None = None
+        self._turning = asyncio.Lock()
+        self._events = EventHub()
         self._last_statistics: MachineStatistics | None = None
         self._start_s = 0.0
         self._stop_asked = False
+        self._close_asked = False
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -73,7 +103,7 @@ class MicroVM:
 
     @property
     def state(self) -> State:
-        """Where in its life the microVM is."""
+        """Where in its life the microVM is. Any thread."""
         return self._state
 
     @property
@@ -84,30 +114,48 @@ class MicroVM:
     async def start(self) -> None:
         """Build the machine and let the guest run; once per object.
 
-        Raises ConfigError or HostError; whatever was made by then is gone when it does.
+        Raises ConfigError or HostError; whatever was made by then is gone when it does, and
+        likewise when the task is cancelled or another one calls close() meanwhile.
         """
         if self._state is not State.NEW:
             raise ConfigError("state", f"start: this microVM is {self._state.value}, not new")
+        self._belong("start")
         self._state = State.STARTING
         began = time.perf_counter()
+        self._events.begin()
         loop = asyncio.get_running_loop()
-        self._ended = loop.create_future()
+        self._ended, self._started = loop.create_future(), loop.create_future()
         try:
-            self._parts = await build(self.config, self._stack, self._end)
+            self._parts = await build(self.config, self._stack, self._reports())
+            if self._close_asked:
+                raise ConfigError("state", "start: this microVM was closed while it started")
         except BaseException:
-            self._state = State.STOPPED
-            await uninterrupted(self._stack.aclose())
+            try:
+                await uninterrupted(self._stack.aclose())
+            finally:
+                self._parts = None
+                self._state = State.STOPPED
+                self._events.close()
+                self._started.set_result(None)
             raise
         self._life = loop.create_task(self._live(), name="avmm-microvm")
-        self._parts.gate.resume()
         self._state = State.RUNNING
+        self._parts.gate.resume()
         self._start_s = time.perf_counter() - began
+        self._started.set_result(None)
+        self._events.publish(Started(self._events.now()))
         log.info("microVM runs, %.0f ms after start()", self._start_s * 1000)
 
     async def wait(self) -> ExitReason:
-        """Wait until the guest has ended and all its resources are given back; why it ended."""
+        """Wait until the guest has ended and all its resources are given back; why it ended.
+
+        Any number of tasks may wait; cancelling one does nothing to the guest.
+        """
         if self._life is None:
-            raise ConfigError("state", f"wait: this microVM is {self._state.value}")
+            raise ConfigError("state", f"wait: {self._described()}")
+        if self._life.done():
+            return self._life.result()
+        self._belong("wait")
         return await asyncio.shield(self._life)
 
     async def stop(self, grace_s: float | None = None) -> ExitReason:
@@ -117,11 +165,12 @@ class MicroVM:
         """
         parts = self._running_parts("stop", ended=True)
         if self._ended is not None and not self._ended.done():
-            if self._state is State.PAUSED:
+            if self._state is State.PAUSED or self._turning.locked():
                 await self.resume()
-            self._stop_asked = True
-            parts.power.press_power_button()
             grace = self.config.stop_grace_s if grace_s is None else grace_s
+            self._stop_asked = True
+            self._events.publish(StopRequested(self._events.now(), grace))
+            parts.power.press_power_button()
             await asyncio.wait([self._ended], timeout=grace)
             self._end(ExitReason(ExitKind.KILLED, f"no poweroff within {grace:g} s of the request"))
         return await self.wait()
@@ -133,22 +182,33 @@ class MicroVM:
         return await self.wait()
 
     async def pause(self) -> None:
-        """Return when no vCPU executes guest instructions and no device has work in flight."""
+        """Return when no vCPU executes guest instructions and no device has work in flight.
+
+        Cancelled half-way, it lets the guest go on. Raises ConfigError("state") when the guest
+        ends first. Nothing to do when it is paused.
+        """
         parts = self._running_parts("pause")
-        await parts.gate.pause()
-        for device in parts.devices.values():
-            await device.quiesce()
-        if self._state is State.RUNNING:
-            self._state = State.PAUSED
+        async with self._turning:
+            try:
+                await parts.gate.pause()
+                for device in parts.devices.values():
+                    self._running_parts("pause")
+                    await device.quiesce()
+                self._running_parts("pause")
+            except BaseException:
+                if self._state is State.RUNNING:
+                    await uninterrupted(self._go_on(parts))
+                raise
+            if self._state is State.RUNNING:
+                self._state = State.PAUSED
+                self._events.publish(Paused(self._events.now()))
 
     async def resume(self) -> None:
-        """Let a paused guest go on."""
+        """Let a paused guest go on; nothing to do when it runs."""
         parts = self._running_parts("resume")
-        for device in parts.devices.values():
-            await device.resume()
-        parts.gate.resume()
-        if self._state is State.PAUSED:
-            self._state = State.RUNNING
+        async with self._turning:
+            if self._state is State.PAUSED:
+                await uninterrupted(self._go_on(parts))
 
     def set_link(self, id: str, up: bool) -> None:
         """Plug the cable of a NIC in or out, at both ends.
@@ -160,15 +220,41 @@ class MicroVM:
         if not isinstance(device, NetDevice):
             raise ConfigError("device", f"set_link: this microVM has no NIC {id!r}")
         device.set_link(up)
+        self._events.publish(LinkChanged(self._events.now(), id, up))
+
+    def events(self, limit: int = EVENTS_LIMIT) -> Events:
+        """What happens from this call on: `async for event in vm.events()`.
+
+        Each call gives a reader of its own, also before start(). limit: events that wait for it;
+        a reader that is slower than that loses the oldest, and an EventsLost says how many. It
+        ends when the microVM has ended; one made after that ends at once.
+        """
+        if self._state is not State.STOPPED:
+            self._belong("events")
+        return self._events.reader(limit)
 
     async def close(self) -> None:
-        """Kill the guest if it still runs and give everything back; idempotent."""
+        """Kill the guest if it still runs and give everything back; idempotent.
+
+        Waits to the end even when the task is cancelled meanwhile, and raises that afterwards. A
+        new microVM cannot be started any more; a start() under way in another task fails.
+        """
+        if self._state is State.STOPPED:
+            return
+        if self._state is State.NEW:
+            self._state = State.STOPPED
+            self._events.close()
+            return
+        self._belong("close")
+        if self._life is None and self._started is not None:
+            self._close_asked = True
+            await uninterrupted(_settled(self._started))
         if self._life is not None:
             self._end(ExitReason(ExitKind.KILLED, "closed by its owner"))
-            await uninterrupted(self._settled())
+            await uninterrupted(_settled(self._life))
 
     def statistics(self) -> MachineStatistics:
-        """The counters now, or as they were at the end."""
+        """The counters now, or as they were when the guest ended."""
         if self._last_statistics is not None:
             return self._last_statistics
         parts = self._running_parts("statistics")
@@ -177,13 +263,19 @@ class MicroVM:
             start_s=self._start_s,
             vcpus=tuple(thread.statistics() for thread in parts.threads),
             console=parts.serial.statistics(),
-            devices={name: device.statistics() for name, device in parts.devices.items()},
+            devices=FrozenDict((name, dev.statistics()) for name, dev in parts.devices.items()),
             homes=parts.homes.statistics(),
         )
 
-    async def _settled(self) -> None:
-        assert self._life is not None
-        await asyncio.wait([self._life])
+    async def _go_on(self, parts: Parts) -> None:
+        for device in parts.devices.values():
+            if self._state not in (State.RUNNING, State.PAUSED):
+                return
+            await device.resume()
+        parts.gate.resume()
+        if self._state is State.PAUSED:
+            self._state = State.RUNNING
+            self._events.publish(Resumed(self._events.now()))
 
     async def _live(self) -> ExitReason:
         """From the first guest instruction to the last resource given back."""
@@ -200,6 +292,8 @@ class MicroVM:
             await uninterrupted(self._stack.aclose())
         finally:
             self._state = State.STOPPED
+            self._events.publish(Ended(self._events.now(), reason))
+            self._events.close()
         log.debug("microVM ended: %s", reason)
         return reason
 
@@ -213,8 +307,50 @@ class MicroVM:
         if self._parts is not None:
             self._parts.gate.stop()
 
+    def _reports(self) -> Reports:
+        events = self._events
+
+        def on_fault(id: str, fault: GuestFault) -> None:
+            events.publish(DeviceFault(events.now(), id, fault.kind, str(fault)))
+
+        def on_ready(id: str, ready: bool) -> None:
+            events.publish((DriverReady if ready else DriverGone)(events.now(), id))
+
+        def on_console_closed() -> None:
+            events.publish(ConsoleClosed(events.now()))
+
+        return Reports(self._end, on_fault, on_ready, on_console_closed)
+
+    def _belong(self, call: str) -> None:
+        """Raises ConfigError("loop") unless this is the microVM's loop, or at least its thread."""
+        try:
+            running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        here = threading.get_ident()
+        if self._loop is None:
+            if running is None:
+                raise ConfigError("loop", f"{call}: no event loop runs here; call it from a task")
+            self._loop, self._thread = running, here
+        if self._thread != here or running not in (self._loop, None):
+            raise ConfigError(
+                "loop",
+                f"{call}: this microVM belongs to another event loop; from elsewhere use "
+                "asyncio.run_coroutine_threadsafe() or loop.call_soon_threadsafe()",
+            )
+
     def _running_parts(self, call: str, *, ended: bool = False) -> Parts:
         alive = self._state in (State.RUNNING, State.PAUSED)
         if self._parts is None or not (alive or ended):
-            raise ConfigError("state", f"{call}: this microVM is {self._state.value}")
+            raise ConfigError("state", f"{call}: {self._described()}")
+        if self._state is not State.STOPPED:
+            self._belong(call)
         return self._parts
+
+    def _described(self) -> str:
+        never = self._state is State.STOPPED and self._life is None
+        return f"this microVM is {self._state.value}{' and never ran' if never else ''}"
+
+
+async def _settled(future: asyncio.Future[Any]) -> None:
+    await asyncio.wait([future])

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from avmm.errors import ConfigError
+from avmm.errors import ConfigError, GuestFault
 from avmm.machine.config import Config
 from avmm.mem import layout
 from avmm.mem.guest import GuestMemory
@@ -64,31 +64,45 @@ def assign_slots(config: Config) -> list[Slot]:
     return [Slot(index, id, device, config.ring) for index, (id, device) in enumerate(devices)]
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all devices of a machine share; see DeviceContext."""
+
+    memory: GuestMemory
+    homes: Homes
+    stack: AsyncExitStack
+    cpus: int
+    on_error: Callable[[BaseException], None]
+    on_fault: Callable[[str, GuestFault], None]
+    on_ready: Callable[[str, bool], None]
+
+    def context(self, slot: Slot, interrupts: Interrupts) -> DeviceContext:
+        """For the device of one slot."""
+        return DeviceContext(
+            id=slot.id,
+            memory=self.memory,
+            interrupts=interrupts,
+            homes=self.homes,
+            loop=asyncio.get_running_loop(),
+            stack=self.stack,
+            on_error=self.on_error,
+            cpus=self.cpus,
+            ring=slot.ring,
+            on_fault=self.on_fault,
+            on_ready=self.on_ready,
+        )
+
+
 async def plug(
-    slots: Sequence[Slot],
-    backplane: Backplane,
-    memory: GuestMemory,
-    homes: Homes,
-    stack: AsyncExitStack,
-    on_error: Callable[[BaseException], None],
-    cpus: int,
+    slots: Sequence[Slot], backplane: Backplane, surroundings: Surroundings
 ) -> dict[str, VirtioDevice]:
-    """Build each device and connect it; by id. `stack` takes them down."""
+    """Build each device and connect it; by id. The surroundings' stack takes them down."""
+    stack = surroundings.stack
     devices: dict[str, VirtioDevice] = {}
     for slot in slots:
         interrupts = backplane.interrupts(slot)
         stack.callback(interrupts.close)
-        context = DeviceContext(
-            id=slot.id,
-            memory=memory,
-            interrupts=interrupts,
-            homes=homes,
-            loop=asyncio.get_running_loop(),
-            stack=stack,
-            on_error=on_error,
-            cpus=cpus,
-            ring=slot.ring,
-        )
+        context = surroundings.context(slot, interrupts)
         device: VirtioDevice = await slot.config.device_type.build(slot.config, context)
         # What connects it goes when it is at rest and nothing is raised any more.
         backplane.connect(slot, device)

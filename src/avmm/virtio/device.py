@@ -7,10 +7,11 @@ import contextlib
 import errno
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from avmm.errors import BugError, GuestFault, HostError
+from avmm.frozen import FrozenDict
 from avmm.native import CData
 from avmm.virtio import features
 from avmm.virtio.devtype import DeviceContext, DeviceType
@@ -39,7 +40,7 @@ class DeviceStatistics:
     ignored: int
     interrupts: int
     queues: tuple[QueueStatistics, ...]
-    counters: dict[str, int]
+    counters: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +146,13 @@ class VirtioDevice(Hooks):
             with self._contained():
                 transition = self.state.write(value)
                 if transition is Transition.RESET:
+                    was_ready = self.state.driver_ok
                     await self._reset()
+                    if was_ready:
+                        self.context.on_ready(self.context.id, False)
                 elif transition is Transition.ACTIVATE:
                     self._activate()
+                    self.context.on_ready(self.context.id, True)
 
     async def set_queue_ready(self, queue: Queue, ready: bool, base: int | None = None) -> None:
         """The driver offers a queue, or takes it away (virtio 1.3 section 4.2.2, QueueReady).
@@ -191,6 +196,7 @@ class VirtioDevice(Hooks):
         if self._faults <= _FAULTS_LOGGED or not self._faults & (self._faults - 1):
             log.warning("%s: %s (fault %d)", self.context.id, fault, self._faults)
         self._need_reset()
+        self.context.on_fault(self.context.id, fault)
 
     def set_config(self, data: bytes, *, notify: bool = True) -> None:
         """Replace the configuration space and, by `notify`, tell the driver (2.5.1)."""
@@ -217,7 +223,7 @@ class VirtioDevice(Hooks):
             ignored=self.ignored,
             interrupts=self.interrupts.count,
             queues=tuple(queue.statistics() for queue in self.queues),
-            counters=self.counters(),
+            counters=FrozenDict(self.counters()),
         )
 
     def _activate(self) -> None:

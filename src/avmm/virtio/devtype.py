@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from avmm.errors import GuestFault
 from avmm.mem.guest import GuestMemory
 from avmm.virtio.features import RING_DEFAULT, RingLayout
 from avmm.virtio.home import Homes
@@ -25,6 +26,8 @@ class DeviceContext:
     on_error: called on the loop with an error that is avmm's own or the host's; it ends the VM.
     cpus: the guest's, for devices that have a queue for each.
     ring: the layout of rings that the device offers.
+    on_fault, on_ready: called on the loop with the id when the guest broke the specification, and
+    when its driver has set the device up or left it; only to be told.
     """
 
     id: str
@@ -36,6 +39,8 @@ class DeviceContext:
     on_error: Callable[[BaseException], None]
     cpus: int = 1
     ring: RingLayout = RING_DEFAULT
+    on_fault: Callable[[str, GuestFault], None] = lambda id, fault: None
+    on_ready: Callable[[str, bool], None] = lambda id, ready: None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import msgspec
 
 from avmm.block.raw import RawDisk
+from avmm.config import Checked
 from avmm.errors import ConfigError, HostError
 from avmm.native import CData, ffi, lib
 from avmm.units import SECTOR_BYTES
@@ -35,7 +36,7 @@ _REFUSED = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOMEM)
 """What io_uring_setup answers where it is switched off, filtered or out of locked memory."""
 
 
-class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Disk(Checked, frozen=True):
     """A disk of the guest; the first is /dev/vda."""
 
     path: Annotated[str, msgspec.Meta(description="raw image file or block device")]
@@ -73,6 +74,7 @@ class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device_type: ClassVar[DeviceType]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.serial is not None and not (self.serial.isascii() and len(self.serial) <= ID_BYTES):
             raise ConfigError(
                 "disk",

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
+from avmm.config import Checked
 from avmm.errors import ConfigError, GuestFault, HostError
 from avmm.hostnet import tap as host_tap
 from avmm.hostnet.names import check_guest, check_interface_name, check_mtu, parse_host, parse_mac
@@ -76,7 +77,7 @@ CONTROL_FEATURES = (
 """What the control queue is for."""
 
 
-class Tap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Tap(Checked, frozen=True):
     """A NIC of the guest; the first is eth0."""
 
     name: Annotated[
@@ -112,6 +113,7 @@ class Tap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device_type: ClassVar[DeviceType]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         what = f"Net {self.name}"
         check_interface_name(self.name)
         if self.host is not None:

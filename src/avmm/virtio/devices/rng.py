@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
+from avmm.config import Checked
 from avmm.errors import HostError
 from avmm.native import ffi, lib
 from avmm.virtio.device import VirtioDevice
@@ -15,7 +16,7 @@ from avmm.virtio.home import HomeChoice
 _QUEUE_SIZE = 64
 
 
-class Rng(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Rng(Checked, frozen=True):
     """A source of entropy for the guest."""
 
     home: HomeChoice = "auto"
