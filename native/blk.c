@@ -10,7 +10,7 @@
 #define KICK 0u /* source number */
 /* A portion of a run: what is started by one submission, and shown to the driver before the next,
  * so that it works on that while we go on. */
-#define PORTION_REQUESTS 16u
+#define PORTION_REQUESTS 8u
 #define PORTION_BYTES (256u << 10)
 /* What a run takes at most, about 100 us of copying where all is in the page cache. */
 #define RUN_BYTES (1u << 20)
@@ -98,9 +98,10 @@ static int serve(struct av_blk *blk)
         settle(blk);
         taken += portion;
         bytes += portion_bytes;
-        /* A driver that sleeps takes longer to wake than we need for the next portions, so it is
-         * woken by the first one; and by the end of the run, if it sleeps then. */
-        if (taken == portion && result > 0)
+        /* A driver that sleeps takes longer to wake than we need for the next portions: woken by
+         * the end of the run, it would find all done, and we would wait for it. Large transfers are
+         * so few that it need not be woken more than once before the end. */
+        if (result > 0 && (taken == portion || portion == PORTION_REQUESTS))
             flush(blk);
         else
             av_vring_show(blk->ring);

@@ -21,9 +21,7 @@ async def test_two_disks_and_two_nics_at_full_load(assets: Assets, tmp_path: Pat
         seconds=SECONDS,
         interval_s=INTERVAL_S,
         say=print,
-        # In the testbed, guests of two under this load are gone after minutes, one by triple fault:
-        # that is for `scripts/soak --cpus 2` to look into, not for every run of the tests.
-        cpus=1,
+        cpus=2,
         io_threads=1,
     )
     assert not result.problems
