@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from avmm.bench.record import LIMIT, OWN, Aim, Case
 from avmm.bench.suite import Options
+from avmm.bench.tiny import elf
 from avmm.errors import HostError
 from avmm.loop import run as run_loop
 from avmm.machine.config import Config
@@ -26,8 +27,6 @@ from avmm.virtio.transport import mmio
 
 SUITE = "exits"
 
-_ENTRY = 0x10_0000
-_CODE_AT = 0x1000
 _FEW = 16
 _FIRST_TRY = 2000
 _MOST = 1 << 30
@@ -112,7 +111,4 @@ def kernel(access: Access, count: int) -> bytes:
             b"\xeb\xfe",  # jmp to itself
         )
     )
-    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-    header = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, 62, 1, _ENTRY, 64, 0, 0, 64, 56, 1, 0, 0, 0)
-    segment = struct.pack("<IIQQQQQQ", 1, 5, _CODE_AT, _ENTRY, _ENTRY, len(code), len(code), 0x1000)
-    return (header + segment).ljust(_CODE_AT, b"\0") + code
+    return elf(code)

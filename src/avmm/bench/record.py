@@ -20,13 +20,15 @@ VERSION = 1
 OWN = "avmm"
 LIMIT = "limit"
 """What the host itself does with the same work, with no device in between."""
+GOAL = "goal"
+"""A number that the project has set itself."""
 BEST = "best"
 """In an aim: the best of the peers that took part."""
 
 
 class Aim(msgspec.Struct, frozen=True, omit_defaults=True):
     """Our median shall be `ratio` times that of `against` or better: at least where higher is
-    better, at most where lower is. against: a series' name, LIMIT or BEST."""
+    better, at most where lower is. against: a series' name, LIMIT, GOAL or BEST."""
 
     against: str
     ratio: float
@@ -64,8 +66,8 @@ class Case(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def peers(self) -> list[str]:
-        """The contenders that are neither us, in whatever configuration, nor the limit."""
-        return [name for name in self.series if name.split()[0] not in (OWN, LIMIT)]
+        """The contenders: neither us, in whatever configuration, nor the limit or the goal."""
+        return [name for name in self.series if name.split()[0] not in (OWN, LIMIT, GOAL)]
 
     def median(self, name: str) -> float | None:
         """Of a series, LIMIT or BEST; None when it did not take part."""

@@ -17,9 +17,9 @@ from avmm.bench.record import Case, Record, this_host
 from avmm.errors import HostError
 
 PEERS = ("qemu-storage-daemon", "qemu", "qemu-microvm", "kvmtool", "vhost")
-GROUPS = ("blk", "net", "boot", "exits")
+GROUPS = ("blk", "net", "boot", "exits", "embed")
 
-Group = Literal["blk", "net", "boot", "exits"]
+Group = Literal["blk", "net", "boot", "exits", "embed"]
 Ground = Literal["native", "guest"]
 
 
@@ -70,6 +70,7 @@ SUITES: tuple[Suite, ...] = (
     Suite("blk-guest", "blk", "guest", "avmm.bench.guest.blk"),
     Suite("net-guest", "net", "guest", "avmm.bench.guest.net"),
     Suite("exits", "exits", "native", "avmm.bench.exits"),
+    Suite("embed", "embed", "native", "avmm.bench.embed"),
     Suite("boot-guest", "boot", "guest", "avmm.bench.guest.start"),
 )
 

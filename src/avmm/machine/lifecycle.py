@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from asyncio.tasks import _unregister_task
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -28,6 +29,9 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     of it done would leave descriptors, threads and TAPs behind.
     """
     task = asyncio.ensure_future(work)
+    # asyncio.run() ends by cancelling every task it can find. It finds the caller, which waits;
+    # what is waited for is not to be found, or it would be cut off in the middle.
+    _unregister_task(task)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:

@@ -129,21 +129,17 @@ class MicroVM:
             self._parts = await build(self.config, self._stack, self._reports())
             if self._close_asked:
                 raise ConfigError("state", "start: this microVM was closed while it started")
+            alive: asyncio.Future[None] = loop.create_future()
+            self._life = loop.create_task(self._live(self._parts, alive), name="avmm-microvm")
+            # A task that is cancelled before its first step never begins: it has to have begun
+            # before anybody relies on what it does in the end.
+            await alive
         except BaseException:
-            try:
-                await uninterrupted(self._stack.aclose())
-            finally:
-                self._parts = None
-                self._state = State.STOPPED
-                self._events.close()
-                self._started.set_result(None)
+            await uninterrupted(self._give_up())
             raise
-        self._life = loop.create_task(self._live(), name="avmm-microvm")
-        self._state = State.RUNNING
-        self._parts.gate.resume()
+        finally:
+            self._started.set_result(None)
         self._start_s = time.perf_counter() - began
-        self._started.set_result(None)
-        self._events.publish(Started(self._events.now()))
         log.info("microVM runs, %.0f ms after start()", self._start_s * 1000)
 
     async def wait(self) -> ExitReason:
@@ -277,9 +273,30 @@ class MicroVM:
             self._state = State.RUNNING
             self._events.publish(Resumed(self._events.now()))
 
-    async def _live(self) -> ExitReason:
+    async def _give_up(self) -> None:
+        """What was made by start() and will not be used."""
+        if self._life is not None:
+            self._end(ExitReason(ExitKind.KILLED, "its start was cancelled"))
+            self._life.cancel()
+            await asyncio.wait([self._life])
+            if self._life.cancelled():
+                self._life = None
+        try:
+            await self._stack.aclose()
+        finally:
+            if self._life is None:
+                self._parts = None
+            self._state = State.STOPPED
+            self._events.close()
+
+    async def _live(self, parts: Parts, alive: asyncio.Future[None]) -> ExitReason:
         """From the first guest instruction to the last resource given back."""
         assert self._ended is not None
+        self._state = State.RUNNING
+        parts.gate.resume()
+        self._events.publish(Started(self._events.now()))
+        if not alive.done():
+            alive.set_result(None)
         try:
             reason = await asyncio.shield(self._ended)
         except asyncio.CancelledError:

@@ -62,7 +62,9 @@ class VcpuThread:
         self._gate = gate
         self._bridge = bridge
         self._on_end = on_end
-        self._thread = threading.Thread(target=self._main, name=f"avmm-vcpu{vcpu.index}")
+        # A daemon, or a program that forgot a microVM on a loop it closed would never end.
+        name = f"avmm-vcpu{vcpu.index}"
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     def start(self) -> None:
         """Start the thread; it parks at the gate."""
