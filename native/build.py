@@ -22,6 +22,7 @@ MODULES = (
     "rng",
     "blk",
     "net",
+    "vsock",
     "uart",
     "regs",
     "rtc",

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from avmm.virtio.devices.blk import Disk
     from avmm.virtio.devices.net import Tap
     from avmm.virtio.devices.rng import Rng
+    from avmm.virtio.devices.vsock import Vsock
     from avmm.virtio.home import HomeStatistics
     from avmm.virtio.queue import QueueStatistics
 
@@ -79,6 +80,7 @@ _HOMES = {
     "Tap": "avmm.virtio.devices.net",
     "VcpuStatistics": "avmm.machine.vcpu.thread",
     "VhostUserServer": "avmm.vhost_user.server",
+    "Vsock": "avmm.virtio.devices.vsock",
 }
 
 __all__ = [
@@ -118,6 +120,7 @@ __all__ = [
     "Tap",
     "VcpuStatistics",
     "VhostUserServer",
+    "Vsock",
     "__version__",
 ]
 

@@ -12,8 +12,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "avmm"
 
 FLOORS = (
     ("errors", "units", "log", "config", "metrics", "frozen"),
-    ("native", "loop", "kvm", "mem"),
-    ("bus", "pci", "legacy", "boot", "block", "hostnet"),
+    ("native", "loop", "unixsocket", "kvm", "mem"),
+    ("bus", "pci", "legacy", "boot", "block", "hostnet", "vsock"),
     ("virtio",),
     ("machine", "vhost_user"),
     ("snapshot",),

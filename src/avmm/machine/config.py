@@ -18,15 +18,21 @@ from avmm.units import MIB, PAGE_BYTES, format_size, parse_size
 from avmm.virtio.devices.blk import Disk
 from avmm.virtio.devices.net import Tap
 from avmm.virtio.devices.rng import Rng
+from avmm.virtio.devices.vsock import Vsock
 from avmm.virtio.features import RING_DEFAULT, RingLayout
 
 _MEMORY_MIN_BYTES = 2 * MIB
 _IO_THREADS_MAX = 64
 _IO_POLL_MAX_US = 1_000_000
 
-DeviceConfig = Disk | Tap | Rng
+DeviceConfig = Disk | Tap | Rng | Vsock
 
-DEVICE_STRUCTS: dict[str, type[DeviceConfig]] = {"disks": Disk, "nets": Tap, "rng": Rng}
+DEVICE_STRUCTS: dict[str, type[DeviceConfig]] = {
+    "disks": Disk,
+    "nets": Tap,
+    "rng": Rng,
+    "vsock": Vsock,
+}
 """The fields of Config that hold devices. A new kind of device is one more field and entry."""
 
 
@@ -54,6 +60,9 @@ class Config(Checked, frozen=True, kw_only=True):
         msgspec.field(default_factory=list)
     )
     rng: Annotated[bool | Rng, _meta("give the guest a source of random bytes")] = False
+    vsock: Annotated[
+        bool | Vsock | None, _meta("sockets between programs of the guest and of the host")
+    ] = None
     transport: Annotated[
         Literal["pci", "mmio"],
         _meta("how devices are attached: pci (fast, up to 31) or mmio (small, up to 15)"),
@@ -102,7 +111,8 @@ class Config(Checked, frozen=True, kw_only=True):
         """(id, config struct) of each device, in the order of their slots."""
         found: list[tuple[str, DeviceConfig]] = []
         rng = [self.rng if isinstance(self.rng, Rng) else Rng()] if self.rng else []
-        groups: tuple[Sequence[DeviceConfig], ...] = (self.disks, self.nets, rng)
+        vsock = [self.vsock if isinstance(self.vsock, Vsock) else Vsock()] if self.vsock else []
+        groups: tuple[Sequence[DeviceConfig], ...] = (self.disks, self.nets, rng, vsock)
         for group in groups:
             for index, device in enumerate(group):
                 found.append((device.id or f"{device.device_type.name}{index}", device))

@@ -38,7 +38,9 @@ from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.vcpu.thread import VcpuStatistics
 from avmm.virtio.device import DeviceStatistics
 from avmm.virtio.devices.net import NetDevice
+from avmm.virtio.devices.vsock import VsockDevice
 from avmm.virtio.home import HomeStatistics
+from avmm.vsock.host import VsockHost
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,14 @@ class MicroVM:
     def console(self) -> Console:
         """The serial console; also after the guest ended, for what it printed."""
         return self._running_parts("console", ended=True).console
+
+    @property
+    def vsock(self) -> VsockHost:
+        """Streams to programs of the guest, and from them; with Config(vsock=...)."""
+        for device in self._running_parts("vsock", ended=True).devices.values():
+            if isinstance(device, VsockDevice):
+                return device.host
+        raise ConfigError("vsock", "vsock: this microVM has none; use Config(vsock=Vsock())")
 
     async def start(self) -> None:
         """Build the machine and let the guest run; once per object.

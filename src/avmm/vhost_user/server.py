@@ -15,8 +15,8 @@ from avmm.errors import BugError, ConfigError, GuestFault, HostError
 from avmm.machine.config import check_io
 from avmm.machine.eventfd import owned_eventfd
 from avmm.machine.lifecycle import uninterrupted
+from avmm.unixsocket import Listener
 from avmm.vhost_user.channel import Channel, readable
-from avmm.vhost_user.listener import Listener
 from avmm.vhost_user.memory import FrontEndMemory
 from avmm.vhost_user.session import Session
 from avmm.vhost_user.transport import VhostUserTransport

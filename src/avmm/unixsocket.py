@@ -1,4 +1,4 @@
-"""The unix socket that front-ends connect to, and its file."""
+"""A listening unix socket, and its file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Listener:
             raise
 
     def accept(self) -> socket.socket | None:
-        """A front-end's connection, which does not block, if one is waiting. Raises HostError."""
+        """A connection, which does not block, if one is waiting. Raises HostError."""
         try:
             connection, _ = self.socket.accept()
         except (BlockingIOError, ConnectionError):

@@ -1,0 +1,209 @@
+"""All connections of one guest: which packet is for which, and who has something to send."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import errno
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from avmm.errors import HostError
+from avmm.vsock.connection import NO_ROOM, SLICE_BYTES, Connection, Ring, State
+from avmm.vsock.packet import CID_HOST, TYPE_STREAM, Header, Op, reset_for
+
+CONNECTIONS_MAX: Final = 8192
+_REPLIES_MAX: Final = 256
+_TURN_BYTES: Final = 8 * SLICE_BYTES
+_TURN_PACKETS: Final = 512
+CLOSE_LIMIT_S: Final = 8.0
+"""How long the guest may go on without closing its end, or taking anything, after we closed."""
+_FIRST_PORT: Final = 1 << 30
+_PORTS: Final = 1 << 30
+
+
+class Sent(enum.Enum):
+    """What came of Table.send()."""
+
+    ALL = "all"
+    MORE = "more"
+    NO_ROOM = "no room"
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the device was made. opened: connections; refused: by either end, or for lack of room;
+    strayed: packets of the guest's for nobody; resets: of the device by its driver."""
+
+    opened: int = 0
+    refused: int = 0
+    strayed: int = 0
+    rx_packets: int = 0
+    rx_bytes: int = 0
+    resets: int = 0
+
+
+class Table:
+    """Loop. on_work: called when there is something to send, maybe many times.
+
+    on_request: decides about a guest that asks: it gets a connection to accept() or reset(), and
+    says whether anybody is there.
+    """
+
+    def __init__(
+        self,
+        cid: int,
+        loop: asyncio.AbstractEventLoop,
+        on_work: Callable[[], None],
+        on_request: Callable[[Connection], bool],
+    ) -> None:
+        self.cid = cid
+        self.counters = Counters()
+        self._loop = loop
+        self._on_work = on_work
+        self._on_request = on_request
+        self._connections: dict[tuple[int, int], Connection] = {}
+        self._ready: deque[Connection] = deque()
+        self._replies: deque[Header] = deque()
+        self._closing: dict[Connection, asyncio.TimerHandle] = {}
+        self._ports = itertools.count()
+        self._closed: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    @property
+    def has_room_for_replies(self) -> bool:
+        """Whether another packet may be taken from the guest: each may need an answer."""
+        return len(self._replies) < _REPLIES_MAX
+
+    # --- the host's programs
+
+    def ask(self, guest_port: int) -> Connection:
+        """A new connection from a free port of ours. It asks the guest once ask() is called.
+
+        Raises HostError("vsock") when there are too many, ConnectionResetError at the end.
+        """
+        if self._closed is not None:
+            raise _reset(self._closed)
+        if len(self._connections) >= CONNECTIONS_MAX:
+            remedy = f"it has {CONNECTIONS_MAX} connections; close some"
+            raise HostError("vsock", op="connect", errno=errno.EMFILE, remedy=remedy)
+        while True:
+            port = _FIRST_PORT + next(self._ports) % _PORTS
+            if (port, guest_port) not in self._connections:
+                return self._add(port, guest_port, State.ASKED)
+
+    # --- the guest
+
+    def receive(self, headers: list[Header], data: memoryview) -> None:
+        """Packets of the guest's, and their payloads one after the other."""
+        counters = self.counters
+        counters.rx_packets += len(headers)
+        counters.rx_bytes += len(data)
+        at = 0
+        for header in headers:
+            end = at + header.size_bytes
+            self._receive(header, data[at:end])
+            at = end
+
+    def _receive(self, header: Header, payload: memoryview) -> None:
+        if header.src_cid != self.cid or header.dst_cid != CID_HOST:
+            self.counters.strayed += 1  # nobody it could be answered as
+            return
+        connection = None
+        if header.type == TYPE_STREAM:
+            connection = self._connections.get((header.dst_port, header.src_port))
+        if connection is not None:
+            connection.receive(header, payload)
+        elif header.op == Op.REQUEST and header.type == TYPE_STREAM:
+            self._on_asked(header)
+        elif header.op != Op.RST:
+            self.counters.strayed += 1
+            self._reply(reset_for(header))
+
+    def _on_asked(self, header: Header) -> None:
+        if self._closed is None and len(self._connections) < CONNECTIONS_MAX:
+            connection = self._add(header.dst_port, header.src_port, State.ASKING)
+            connection.hear(header)
+            if self._on_request(connection):
+                return
+            del self._connections[connection.key]
+        self.counters.refused += 1
+        self._reply(reset_for(header))
+
+    def _reply(self, header: Header) -> None:
+        self._replies.append(header)
+        self._on_work()
+
+    def send(self, ring: Ring) -> Sent:
+        """Send what is due, in turns, a bounded amount."""
+        while self._replies:
+            if not ring.put_header(self._replies[0]):
+                return Sent.NO_ROOM
+            self._replies.popleft()
+        bytes_left, packets_left = _TURN_BYTES, _TURN_PACKETS
+        while self._ready and bytes_left > 0 and packets_left > 0:
+            connection = self._ready[0]
+            sent = connection.send(ring)
+            if sent == NO_ROOM:
+                return Sent.NO_ROOM
+            bytes_left -= sent
+            packets_left -= 1
+            self._ready.popleft()
+            connection.queued = False
+            self._wake(connection)
+        return Sent.MORE if self._ready else Sent.ALL
+
+    def reset(self, why: str) -> None:
+        """The driver begins anew: what it knew of is gone. What it was not asked yet stays."""
+        self.counters.resets += 1
+        self._replies.clear()
+        for connection in tuple(self._connections.values()):
+            if connection.state is not State.ASKED or connection.is_asked:
+                connection.forget(_reset(why))
+                self._remove(connection)
+
+    def close(self, why: str) -> None:
+        """End all connections, and be asked for none any more. Idempotent."""
+        self._closed = why
+        self._replies.clear()
+        for connection in tuple(self._connections.values()):
+            connection.forget(_reset(why))
+            self._remove(connection)
+        self._ready.clear()
+
+    # --- inside
+
+    def _add(self, host_port: int, guest_port: int, state: State) -> Connection:
+        connection = Connection(self.cid, host_port, guest_port, state, self._wake)
+        self._connections[connection.key] = connection
+        return connection
+
+    def _remove(self, connection: Connection) -> None:
+        if self._connections.get(connection.key) is connection:
+            del self._connections[connection.key]
+        if timer := self._closing.pop(connection, None):
+            timer.cancel()
+
+    def _wake(self, connection: Connection) -> None:
+        """Something about it changed."""
+        if connection.has_work:
+            if self._closing and (timer := self._closing.pop(connection, None)):
+                timer.cancel()
+            if not connection.queued:
+                connection.queued = True
+                self._ready.append(connection)
+                self._on_work()
+        elif connection.state is State.DEAD:
+            self._remove(connection)
+        elif connection.state is State.CLOSING and connection not in self._closing:
+            error = _reset("The guest does not close the connection, or takes nothing more of it")
+            self._closing[connection] = self._loop.call_later(CLOSE_LIMIT_S, connection.fail, error)
+
+
+def _reset(why: str) -> ConnectionResetError:
+    return ConnectionResetError(errno.ECONNRESET, why)
