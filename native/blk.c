@@ -218,15 +218,27 @@ static int allocate(struct av_blk *blk)
     return 0;
 }
 
+static struct av_blk_engine *create_engine(const struct av_blk_config *config, int *error)
+{
+    switch ((enum av_blk_engine_kind)config->engine) {
+    case AV_BLK_IO_URING:
+        return av_blk_uring_create(config->fd, config->depth, error);
+    case AV_BLK_THREADS:
+        return av_blk_threads_create(config->fd, config->workers, error);
+    case AV_BLK_LOOP:
+        return av_blk_loop_create(error);
+    }
+    *error = EINVAL;
+    return NULL;
+}
+
 static int set_up(struct av_blk *blk, const struct av_blk_config *config, struct av_home *home)
 {
     int error = allocate(blk);
 
     if (error != 0)
         return error;
-    blk->engine = config->engine == AV_BLK_IO_URING
-                      ? av_blk_uring_create(config->fd, config->depth, &error)
-                      : av_blk_threads_create(config->fd, config->workers, &error);
+    blk->engine = create_engine(config, &error);
     if (blk->engine == NULL)
         return error;
     error = -av_lane_init(&blk->lane, home, &lane_ops, 1);

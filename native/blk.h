@@ -11,9 +11,17 @@
 #define AV_BLK_WORKERS_MAX 4
 
 /* cdef begin */
-enum av_blk_engine_kind { AV_BLK_IO_URING, AV_BLK_THREADS };
+enum av_blk_engine_kind { AV_BLK_IO_URING, AV_BLK_THREADS, AV_BLK_LOOP };
 
-/* fd is borrowed. alignment_bytes: what direct I/O needs of memory, offset and length; else 1.
+enum av_blk_op_kind {
+    AV_BLK_OP_READ,
+    AV_BLK_OP_WRITE,
+    AV_BLK_OP_SYNC,  /* fdatasync */
+    AV_BLK_OP_PUNCH, /* deallocate; reads as zeroes */
+    AV_BLK_OP_ZERO   /* zero without deallocating */
+};
+
+/* fd is borrowed; -1 for AV_BLK_LOOP. alignment_bytes: what direct I/O needs of memory, offset and length; else 1.
  * depth: requests in flight at most, a power of two. seg_max: data segments of a request. */
 struct av_blk_config {
     int fd;

@@ -7,15 +7,8 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "blk.h"
 #include "gmem.h"
-
-enum av_blk_op_kind {
-    AV_BLK_OP_READ,
-    AV_BLK_OP_WRITE,
-    AV_BLK_OP_SYNC,    /* fdatasync */
-    AV_BLK_OP_PUNCH,   /* deallocate; reads as zeroes */
-    AV_BLK_OP_ZERO     /* zero without deallocating */
-};
 
 /* Valid until its result is given back. length: bytes; iov holds as many, of READ and WRITE. */
 struct av_blk_op {
@@ -28,8 +21,43 @@ struct av_blk_op {
     int64_t result;         /* bytes or -errno */
 };
 
+/* Operations in the order in which they came. */
+struct av_blk_op_list {
+    struct av_blk_op *first, *last;
+};
+
+static inline void av_blk_op_append(struct av_blk_op_list *list, struct av_blk_op *op)
+{
+    op->next = NULL;
+    if (list->first == NULL)
+        list->first = op;
+    else
+        list->last->next = op;
+    list->last = op;
+}
+
+static inline struct av_blk_op *av_blk_op_take_first(struct av_blk_op_list *list)
+{
+    struct av_blk_op *op = list->first;
+
+    if (op != NULL)
+        list->first = op->next;
+    return op;
+}
+
 struct av_blk_engine;
 typedef void av_blk_done(void *context, struct av_blk_op *op);
+
+/* Give `op` and all after it to `done`, which may queue them again. */
+static inline void av_blk_op_give_back(struct av_blk_op *op, av_blk_done *done, void *context)
+{
+    while (op != NULL) {
+        struct av_blk_op *next = op->next;
+
+        done(context, op);
+        op = next;
+    }
+}
 
 struct av_blk_engine_ops {
     void (*queue)(struct av_blk_engine *engine, struct av_blk_op *op);
@@ -51,11 +79,13 @@ struct av_blk_engine_ops {
 
 struct av_blk_engine {
     const struct av_blk_engine_ops *ops;
-    int event_fd; /* written when there is something to reap; nobody drains it */
+    int event_fd; /* written when there is something to reap, or -1; nobody drains it */
 };
 
 /* depth: operations in flight at most; workers: threads. NULL: *error is the errno. */
 struct av_blk_engine *av_blk_uring_create(int fd, uint32_t depth, int *error);
 struct av_blk_engine *av_blk_threads_create(int fd, uint32_t workers, int *error);
+/* For somebody else to perform; see blk_loop.h. */
+struct av_blk_engine *av_blk_loop_create(int *error);
 
 #endif

@@ -30,6 +30,14 @@ void av_blk_finish(struct av_blk *blk, struct av_blk_slot *slot, uint8_t status)
     blk->in_flight--;
 }
 
+/* What to answer for an operation's result; a disk may say that it does not have it. */
+static uint8_t status_of(int64_t result)
+{
+    if (result >= 0)
+        return AV_BLK_S_OK;
+    return result == -EOPNOTSUPP ? AV_BLK_S_UNSUPP : AV_BLK_S_IOERR;
+}
+
 static void start(struct av_blk *blk, struct av_blk_slot *slot, enum av_blk_op_kind kind)
 {
     slot->op.kind = kind;
@@ -189,7 +197,7 @@ static void transfer_done(struct av_blk *blk, struct av_blk_slot *slot)
     int64_t result = slot->op.result;
 
     if (result <= 0) { /* 0: the file ends before the disk does */
-        av_blk_finish(blk, slot, AV_BLK_S_IOERR);
+        av_blk_finish(blk, slot, result == 0 ? AV_BLK_S_IOERR : status_of(result));
         return;
     }
     slot->done += (uint32_t)result;
@@ -219,7 +227,7 @@ void av_blk_op_done(void *context, struct av_blk_op *op)
     if (op->result == -EINTR || op->result == -EAGAIN)
         start(blk, slot, op->kind);
     else if (op->kind == AV_BLK_OP_SYNC)
-        av_blk_finish(blk, slot, op->result < 0 ? AV_BLK_S_IOERR : AV_BLK_S_OK);
+        av_blk_finish(blk, slot, status_of(op->result));
     else if (slot->req.range_count != 0)
         range_done(blk, slot);
     else

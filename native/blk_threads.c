@@ -12,18 +12,14 @@
 #include "blk.h"
 #include "blk_engine.h"
 
-struct list {
-    struct av_blk_op *first, *last;
-};
-
 struct threads_engine {
     struct av_blk_engine base;
     int fd;
     pthread_mutex_t lock;
     pthread_cond_t work;
-    struct list queued; /* the caller's until submit() */
-    struct list waiting;
-    struct list finished;
+    struct av_blk_op_list queued; /* the caller's until submit() */
+    struct av_blk_op_list waiting;
+    struct av_blk_op_list finished;
     bool armed;    /* somebody waits for event_fd */
     bool stopping;
     uint32_t workers;
@@ -33,25 +29,6 @@ struct threads_engine {
 static struct threads_engine *of(struct av_blk_engine *engine)
 {
     return (struct threads_engine *)engine;
-}
-
-static void append(struct list *list, struct av_blk_op *op)
-{
-    op->next = NULL;
-    if (list->first == NULL)
-        list->first = op;
-    else
-        list->last->next = op;
-    list->last = op;
-}
-
-static struct av_blk_op *take_first(struct list *list)
-{
-    struct av_blk_op *op = list->first;
-
-    if (op != NULL)
-        list->first = op->next;
-    return op;
 }
 
 static int64_t perform(int fd, const struct av_blk_op *op)
@@ -91,7 +68,7 @@ static void *work(void *argument)
 
         while (engine->waiting.first == NULL && !engine->stopping)
             pthread_cond_wait(&engine->work, &engine->lock);
-        op = take_first(&engine->waiting);
+        op = av_blk_op_take_first(&engine->waiting);
         if (op == NULL)
             break;
         pthread_mutex_unlock(&engine->lock);
@@ -101,7 +78,7 @@ static void *work(void *argument)
         if (engine->armed && engine->finished.first == NULL &&
             write(engine->base.event_fd, &one, sizeof(one)) < 0)
             abort(); /* an eventfd of our own refuses only after 2^64 batches */
-        append(&engine->finished, op);
+        av_blk_op_append(&engine->finished, op);
     }
     pthread_mutex_unlock(&engine->lock);
     return NULL;
@@ -109,7 +86,7 @@ static void *work(void *argument)
 
 static void threads_queue(struct av_blk_engine *engine, struct av_blk_op *op)
 {
-    append(&of(engine)->queued, op);
+    av_blk_op_append(&of(engine)->queued, op);
 }
 
 static void threads_submit(struct av_blk_engine *base)
@@ -119,8 +96,8 @@ static void threads_submit(struct av_blk_engine *base)
 
     pthread_mutex_lock(&engine->lock);
     engine->armed = false;
-    while ((op = take_first(&engine->queued)) != NULL) {
-        append(&engine->waiting, op);
+    while ((op = av_blk_op_take_first(&engine->queued)) != NULL) {
+        av_blk_op_append(&engine->waiting, op);
         pthread_cond_signal(&engine->work);
     }
     pthread_mutex_unlock(&engine->lock);
@@ -135,11 +112,7 @@ static void threads_reap(struct av_blk_engine *base, av_blk_done *done, void *co
     op = engine->finished.first;
     engine->finished.first = NULL;
     pthread_mutex_unlock(&engine->lock);
-    while (op != NULL) {
-        struct av_blk_op *next = op->next; /* `done` may queue op again */
-        done(context, op);
-        op = next;
-    }
+    av_blk_op_give_back(op, done, context);
 }
 
 static bool threads_ready(struct av_blk_engine *base)

@@ -14,6 +14,7 @@ HERE = Path(__file__).resolve().parent
 # In the order in which their declarations depend on one another.
 MODULES = (
     "gmem",
+    "file",
     "interrupt",
     "vring",
     "hold",
@@ -21,6 +22,7 @@ MODULES = (
     "relay",
     "rng",
     "blk",
+    "blk_loop",
     "net",
     "vsock",
     "uart",

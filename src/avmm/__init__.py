@@ -37,15 +37,19 @@ if TYPE_CHECKING:
     from avmm.vhost_user.server import ServerStatistics, VhostUserServer
     from avmm.virtio.device import DeviceStatistics
     from avmm.virtio.devices.blk import Disk
+    from avmm.virtio.devices.blk_source import AsyncDisk
     from avmm.virtio.devices.net import Tap
     from avmm.virtio.devices.rng import Rng
     from avmm.virtio.devices.vsock import Vsock
     from avmm.virtio.home import HomeStatistics
+    from avmm.virtio.python_device import Chain, PythonDevice
     from avmm.virtio.queue import QueueStatistics
 
 _HOMES = {
+    "AsyncDisk": "avmm.virtio.devices.blk_source",
     "AvmmError": "avmm.errors",
     "BugError": "avmm.errors",
+    "Chain": "avmm.virtio.python_device",
     "Config": "avmm.machine.config",
     "ConfigError": "avmm.errors",
     "Console": "avmm.machine.console",
@@ -70,6 +74,7 @@ _HOMES = {
     "Paused": "avmm.machine.events",
     "QueueStatistics": "avmm.virtio.queue",
     "Resumed": "avmm.machine.events",
+    "PythonDevice": "avmm.virtio.python_device",
     "Rng": "avmm.virtio.devices.rng",
     "SerialStatistics": "avmm.legacy.serial16550",
     "ServerStatistics": "avmm.vhost_user.server",
@@ -84,8 +89,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "AsyncDisk",
     "AvmmError",
     "BugError",
+    "Chain",
     "Config",
     "ConfigError",
     "Console",
@@ -108,6 +115,7 @@ __all__ = [
     "MachineStatistics",
     "MicroVM",
     "Paused",
+    "PythonDevice",
     "QueueStatistics",
     "Resumed",
     "Rng",

@@ -216,7 +216,7 @@ async def pci_rig(
         )
         transport = pci.PciTransport(device, messages, notifications, notify_bytes=0)
         stack.callback(transport.close)
-        stack.push_async_callback(device.quiesce)
+        stack.push_async_callback(device.end)
         root.add(1, transport.function)
         cpu = Cpu(root)
         cpu.registers += (transport.common.registers, transport.msix.table)

@@ -68,6 +68,6 @@ async def virtio_rig(
                 cpus=cpus,
             )
         )
-        stack.push_async_callback(device.quiesce)
+        stack.push_async_callback(device.end)
         transport = MmioTransport(device)
         yield Rig(device, transport, MmioDriver(transport, memory, irq_fd), memory, errors)

@@ -79,6 +79,11 @@ class RawDisk:
             os.close(fd)
             raise
 
+    @property
+    def discards(self) -> bool:
+        """Whether trim is offered to the guest."""
+        return not self.read_only
+
     def measure(self) -> int:
         """The size in bytes as it is now. Raises ConfigError("disk") for one no disk can have."""
         if self.is_device:

@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("--config", metavar="FILE", help="TOML or JSON file with the same names")
     hints = get_type_hints(Config)
-    for name in Config.__struct_fields__:
+    for name in _option_fields():
         flag, text = f"--{name.replace('_', '-')}", field_description(Config, name)
         if name in DEVICE_STRUCTS:
             _add_device_option(parser, name)
@@ -91,7 +91,7 @@ def make_config(options: argparse.Namespace) -> Config:
     """From the file, if any, with the options given on the command line in its place."""
     values = read_file(options.config) if options.config else {}
     hints = get_type_hints(Config)
-    for name in Config.__struct_fields__:
+    for name in _option_fields():
         given = getattr(options, name)
         if given is None:
             continue
@@ -103,6 +103,12 @@ def make_config(options: argparse.Namespace) -> Config:
     if "kernel" not in values:
         raise ConfigError("kernel", "--kernel is needed: a bzImage or an ELF vmlinux")
     return Config.from_values(values, options.config or "avmm run")
+
+
+def _option_fields() -> list[str]:
+    """Those fields of Config that an option can say."""
+    fields = Config.__struct_fields__
+    return [name for name in fields if not field_hint(Config, name, "python_only")]
 
 
 def _add_device_option(parser: argparse.ArgumentParser, name: str) -> None:

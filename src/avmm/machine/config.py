@@ -16,18 +16,20 @@ from avmm.mem.layout import CPUS_MAX
 from avmm.mem.region import HUGE_PAGE_BYTES
 from avmm.units import MIB, PAGE_BYTES, format_size, parse_size
 from avmm.virtio.devices.blk import Disk
+from avmm.virtio.devices.blk_source import AsyncDisk
 from avmm.virtio.devices.net import Tap
 from avmm.virtio.devices.rng import Rng
 from avmm.virtio.devices.vsock import Vsock
 from avmm.virtio.features import RING_DEFAULT, RingLayout
+from avmm.virtio.python_device import PythonDevice, check_device
 
 _MEMORY_MIN_BYTES = 2 * MIB
 _IO_THREADS_MAX = 64
 _IO_POLL_MAX_US = 1_000_000
 
-DeviceConfig = Disk | Tap | Rng | Vsock
+DeviceConfig = Disk | AsyncDisk | Tap | Rng | Vsock | PythonDevice
 
-DEVICE_STRUCTS: dict[str, type[DeviceConfig]] = {
+DEVICE_STRUCTS: dict[str, type[Disk | Tap | Rng | Vsock]] = {
     "disks": Disk,
     "nets": Tap,
     "rng": Rng,
@@ -53,7 +55,7 @@ class Config(Checked, frozen=True, kw_only=True):
     cpus: Annotated[int, _meta("number of vCPUs")] = 1
     memory: Annotated[str | int, _meta("RAM, in bytes or like 512M or 2G")] = "256M"
     hugepages: Annotated[bool, _meta("back the RAM with huge pages of 2M")] = False
-    disks: Annotated[list[Disk], _meta("disks, in the order of /dev/vda, vdb, ...")] = (
+    disks: Annotated[list[Disk | AsyncDisk], _meta("disks, in the order of /dev/vda, vdb, ...")] = (
         msgspec.field(default_factory=list)
     )
     nets: Annotated[list[Tap], _meta("network interfaces, each on a TAP of the host")] = (
@@ -63,6 +65,10 @@ class Config(Checked, frozen=True, kw_only=True):
     vsock: Annotated[
         bool | Vsock | None, _meta("sockets between programs of the guest and of the host")
     ] = None
+    devices: Annotated[
+        list[PythonDevice],
+        msgspec.Meta(description="devices written in Python", extra={"python_only": True}),
+    ] = msgspec.field(default_factory=list)
     transport: Annotated[
         Literal["pci", "mmio"],
         _meta("how devices are attached: pci (fast, up to 31) or mmio (small, up to 15)"),
@@ -89,7 +95,7 @@ class Config(Checked, frozen=True, kw_only=True):
         self._check_memory()
         if not self.stop_grace_s >= 0:
             raise ConfigError("grace", f"stop_grace_s: {self.stop_grace_s} is negative or no time")
-        check_io(self.io_threads, self.io_poll_us, self.devices())
+        check_io(self.io_threads, self.io_poll_us, self.all_devices())
         self._check_devices()
 
     @classmethod
@@ -107,12 +113,15 @@ class Config(Checked, frozen=True, kw_only=True):
         """RAM in bytes."""
         return parse_size(self.memory, "memory")
 
-    def devices(self) -> list[tuple[str, DeviceConfig]]:
+    def all_devices(self) -> list[tuple[str, DeviceConfig]]:
         """(id, config struct) of each device, in the order of their slots."""
         found: list[tuple[str, DeviceConfig]] = []
         rng = [self.rng if isinstance(self.rng, Rng) else Rng()] if self.rng else []
         vsock = [self.vsock if isinstance(self.vsock, Vsock) else Vsock()] if self.vsock else []
-        groups: tuple[Sequence[DeviceConfig], ...] = (self.disks, self.nets, rng, vsock)
+        groups: tuple[Sequence[DeviceConfig], ...] = (
+            *(self.disks, self.nets, rng, vsock),
+            self.devices,
+        )
         for group in groups:
             for index, device in enumerate(group):
                 found.append((device.id or f"{device.device_type.name}{index}", device))
@@ -158,10 +167,13 @@ class Config(Checked, frozen=True, kw_only=True):
             )
 
     def _check_devices(self) -> None:
-        _refuse_twice("id", [id for id, _ in self.devices()], "device id")
+        for index, device in enumerate(self.devices):
+            check_device(device, f"devices[{index}]")
+        _refuse_twice("id", [id for id, _ in self.all_devices()], "device id")
         _refuse_twice("tap", [net.name for net in self.nets], "TAP")
-        writers = {os.path.realpath(d.path) for d in self.disks if not d.read_only}
-        paths = [os.path.realpath(d.path) for d in self.disks]
+        files = [disk for disk in self.disks if isinstance(disk, Disk)]
+        writers = {os.path.realpath(d.path) for d in files if not d.read_only}
+        paths = [os.path.realpath(d.path) for d in files]
         _refuse_twice("disk", [p for p in paths if p in writers], "disk")
 
 

@@ -57,7 +57,7 @@ def assign_slots(config: Config) -> list[Slot]:
 
     Raises ConfigError("devices") when there are more than the transport has room for.
     """
-    devices = config.devices()
+    devices = config.all_devices()
     room, why = _ROOM[config.transport]
     if len(devices) > room:
         raise ConfigError("devices", f"{len(devices)} devices: {why} {room}")
@@ -106,6 +106,6 @@ async def plug(
         device: VirtioDevice = await slot.config.device_type.build(slot.config, context)
         # What connects it goes when it is at rest and nothing is raised any more.
         backplane.connect(slot, device)
-        stack.push_async_callback(device.quiesce)
+        stack.push_async_callback(device.end)
         devices[slot.id] = device
     return devices

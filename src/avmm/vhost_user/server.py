@@ -22,6 +22,7 @@ from avmm.vhost_user.session import Session
 from avmm.vhost_user.transport import VhostUserTransport
 from avmm.virtio.device import DeviceStatistics, VirtioDevice
 from avmm.virtio.devices.blk import Disk
+from avmm.virtio.devices.blk_source import AsyncDisk
 from avmm.virtio.devices.net import Tap
 from avmm.virtio.devtype import DeviceContext
 from avmm.virtio.home import Homes, HomeStatistics
@@ -58,7 +59,7 @@ class VhostUserServer:
 
     def __init__(
         self,
-        config: Disk | Tap,
+        config: Disk | AsyncDisk | Tap,
         socket_path: str,
         *,
         io_threads: int = 1,

@@ -32,15 +32,15 @@ class ChainQueue:
         self._chain = ffi.new("struct av_chain *")
         self._iov = ffi.new(f"struct iovec[{_SEGMENTS_MAX}]")
 
-    def take(self) -> Iterator[Chain]:
-        """All there is, but no more than the ring holds; each has to be answered before the next.
-        Kicks are wanted again at the end.
+    def take(self, limit: int | None = None) -> Iterator[Chain]:
+        """All there is, but no more than `limit`, or than the ring holds. Kicks are wanted again
+        at the end, unless `limit` was reached: then there may be more.
 
         Raises GuestFault when the driver broke the ring.
         """
         self.queue.take_kick()
         lib.av_vring_count_kick(self.queue.ring)
-        left = self.queue.size
+        left = self.queue.size if limit is None else limit
         lib.av_vring_kicks_off(self.queue.ring)
         while left:
             while left and (chain := self._pop()) is not None:
@@ -48,16 +48,25 @@ class ChainQueue:
                 yield chain
             if left and not lib.av_vring_kicks_on(self.queue.ring):
                 return
-        self.queue.notify()  # the rest in another turn
+        if limit is None:
+            self.queue.notify()  # the rest in another turn
 
     def answer(self, chain: Chain, data: bytes) -> None:
         """Give the chain back with an answer, which fits, and tell the driver."""
+        self.give_back(chain, data)
+        self.flush()
+
+    def give_back(self, chain: Chain, data: bytes) -> None:
+        """Give the chain back, in any order; the driver learns of it at the next flush()."""
         at = 0
         for piece in chain.room:
             count = min(len(piece), len(data) - at)
             piece[:count] = data[at : at + count]
             at += count
         lib.av_vring_push(self.queue.ring, chain.head, at)
+
+    def flush(self) -> None:
+        """Tell the driver of what was given back."""
         lib.av_vring_flush(self.queue.ring)
 
     def _pop(self) -> Chain | None:

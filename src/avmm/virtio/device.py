@@ -64,6 +64,13 @@ class Hooks:
     def on_hold(self) -> None:
         """Undo on_resume(); called again and again."""
 
+    async def on_cancel(self) -> None:
+        """Nobody wants the answers any more: bring to an end what Python has in flight, after
+        on_hold(). Called again and again."""
+
+    async def on_rest(self) -> None:
+        """Wait until Python has nothing in flight, after on_hold()."""
+
     def on_queue_stop(self, index: int) -> None:
         """Forget chains taken from a queue and not given back; the driver has them again."""
 
@@ -183,6 +190,17 @@ class VirtioDevice(Hooks):
                 self._quiesced = False
                 self._work()
 
+    async def end(self) -> None:
+        """quiesce() for good: what Python has in flight is cancelled, not waited for."""
+        # Not under the lock at first: who holds it may be waiting for just that.
+        self._hold()
+        await self.on_cancel()
+        async with self._control:
+            self._quiesced = True
+            self._hold()
+            await self.on_cancel()
+            await self._rest()
+
     async def reset(self) -> None:
         """Back to the state after power-on; returns when the driver may reuse its memory."""
         async with self._control:
@@ -266,8 +284,11 @@ class VirtioDevice(Hooks):
         self._hold()
         for lane in self._lanes:
             await lane.rest()
+        await self.on_rest()
 
     async def _reset(self) -> None:
+        self._hold()
+        await self.on_cancel()
         await self._rest()
         for queue in self.queues:
             self._stop_queue(queue)

@@ -50,6 +50,7 @@ class Home:
         self.name = name
         self._loop = loop
         self._lanes: set[Lane] = set()
+        self._after_turn: list[Callable[[], None]] = []
         self._again: asyncio.Handle | None = None
         error = ffi.new("int *")
         self.native: CData = lib.av_home_create(error)
@@ -90,6 +91,12 @@ class Home:
         """Undo add(). Idempotent."""
         self._lanes.discard(lane)
 
+    def after_turn(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Call `work` after each turn that the loop takes: for what lanes leave to Python. What
+        this returns undoes it."""
+        self._after_turn.append(work)
+        return lambda: self._after_turn.remove(work)
+
     def _start_thread(self, poll_us: int) -> None:
         result = lib.av_home_start_thread(self.native, poll_us * 1000)
         if result < 0:
@@ -102,6 +109,8 @@ class Home:
             self._again = None
         if lib.av_home_turn(self.native):
             self._again = self._loop.call_soon(self._turn)
+        for work in self._after_turn:
+            work()
 
     def _notices(self) -> None:
         os.eventfd_read(self._notice_fd)
@@ -195,6 +204,11 @@ class Homes:
                 home.close()
             raise
         return cls(homes[0], homes[1:])
+
+    @property
+    def loop(self) -> Home:
+        """The event loop's, the only one where Python works for a lane."""
+        return self._loop
 
     @property
     def threads(self) -> int:

@@ -121,7 +121,7 @@ def test_what_may_come_once_is_refused_twice() -> None:
 
 def test_a_disk_may_come_twice_read_only() -> None:
     disk = avmm.Disk("/x", read_only=True)
-    assert [id for id, _ in make(disks=[disk, disk], rng=True).devices()] == [
+    assert [id for id, _ in make(disks=[disk, disk], rng=True).all_devices()] == [
         "blk0",
         "blk1",
         "rng0",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import msgspec
 
 from avmm.block.raw import RawDisk
+from avmm.block.source import SourceDisk
 from avmm.config import Checked
 from avmm.errors import ConfigError, HostError
 from avmm.native import CData, ffi, lib
@@ -18,6 +19,9 @@ from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import Home, HomeChoice
 from avmm.virtio.queue import SIZE_MAX, SIZE_MIN, Queue, check_queue_size
+
+if TYPE_CHECKING:
+    from avmm.virtio.devices.blk_source import AsyncDisk
 
 QUEUES_MAX = 16
 SEG_MAX = 126
@@ -31,6 +35,12 @@ _WRITEBACK_AT = 32
 
 # struct virtio_blk_config up to write_zeroes_may_unmap and its padding (5.2.4).
 _CONFIG = struct.Struct("<QII HBB I BBHI BBH IIIII B3x")
+
+_ENGINES = {
+    "io_uring": lib.AV_BLK_IO_URING,
+    "threads": lib.AV_BLK_THREADS,
+    "loop": lib.AV_BLK_LOOP,
+}
 
 _REFUSED = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOMEM)
 """What io_uring_setup answers where it is switched off, filtered or out of locked memory."""
@@ -75,22 +85,30 @@ class Disk(Checked, frozen=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.serial is not None and not (self.serial.isascii() and len(self.serial) <= ID_BYTES):
-            raise ConfigError(
-                "disk",
-                f"Disk {self.path}: serial {self.serial!r} is not ASCII of up to {ID_BYTES} bytes",
-            )
         if self.queues is not None and not 1 <= self.queues <= QUEUES_MAX:
             raise ConfigError(
                 "disk", f"Disk {self.path}: queues={self.queues} is not in 1 to {QUEUES_MAX}"
             )
-        check_queue_size(self.queue_size, f"Disk {self.path}")
+        check_blk(self, f"Disk {self.path}")
+
+
+def check_blk(config: Disk | AsyncDisk, what: str) -> None:
+    """Raises ConfigError for what no disk can have; `what` begins its message."""
+    if config.serial is not None and not (
+        config.serial.isascii() and len(config.serial) <= ID_BYTES
+    ):
+        raise ConfigError(
+            "disk", f"{what}: serial {config.serial!r} is not ASCII of up to {ID_BYTES} bytes"
+        )
+    check_queue_size(config.queue_size, what)
 
 
 class BlkDevice(VirtioDevice):
     """One disk. Owns the native datapath, not the image."""
 
-    def __init__(self, config: Disk, disk: RawDisk, context: DeviceContext) -> None:
+    def __init__(
+        self, config: Disk | AsyncDisk, disk: RawDisk | SourceDisk, context: DeviceContext
+    ) -> None:
         offered = features.BLK_SEG_MAX | features.BLK_BLK_SIZE | features.BLK_FLUSH
         offered |= features.BLK_CONFIG_WCE | features.BLK_TOPOLOGY
         queues = config.queues or min(context.cpus, QUEUES_MAX)
@@ -99,7 +117,9 @@ class BlkDevice(VirtioDevice):
         if disk.read_only:
             offered |= features.BLK_RO
         else:
-            offered |= features.BLK_DISCARD | features.BLK_WRITE_ZEROES
+            offered |= features.BLK_WRITE_ZEROES
+            if disk.discards:
+                offered |= features.BLK_DISCARD
         super().__init__(BLK, context, offered=offered, queue_sizes=(config.queue_size,) * queues)
         self.disk = disk
         self._op = f"I/O on disk {disk.path}"
@@ -158,12 +178,12 @@ class BlkDevice(VirtioDevice):
                 total[name] += int(getattr(stats, name))
         return total
 
-    def _add_native(self, config: Disk, queue: Queue) -> None:
+    def _add_native(self, config: Disk | AsyncDisk, queue: Queue) -> None:
         """The queue's own datapath, on a home of its own choice."""
         home = self.context.homes.pick(config.home)
         settings = _settings(config, self.disk, self.context.id)
         settings.workers = max(1, _WORKERS // len(self.queues))
-        self.engine, native = _create_native(config, settings, home, queue)
+        self.engine, native = _create_native(config, settings, home, queue, self._op)
         self.context.stack.callback(self._destroy, native)
         self._natives.append(native)
         self.add_lane(lib.av_blk_lane(native), home, (queue,), self._op)
@@ -188,6 +208,7 @@ class BlkDevice(VirtioDevice):
         disk, topology = self.disk, self._topology
         block_bytes = topology.logical_bytes
         zero = 0 if disk.read_only else _RANGE_SECTORS_MAX
+        discard = zero if disk.discards else 0
         return _CONFIG.pack(
             *(disk.size_bytes // SECTOR_BYTES, 0, self._seg_max),
             *(0, 0, 0, block_bytes),
@@ -196,7 +217,7 @@ class BlkDevice(VirtioDevice):
             min(topology.min_io_bytes // block_bytes, 0xFFFF),
             topology.opt_io_bytes // block_bytes,
             *(self._writeback, 0, len(self.queues)),
-            *(zero, _RANGES_MAX, topology.physical_bytes // SECTOR_BYTES),
+            *(discard, _RANGES_MAX, topology.physical_bytes // SECTOR_BYTES),
             *(zero, _RANGES_MAX, 1),
         )
 
@@ -211,18 +232,19 @@ _COUNTERS = (
 )
 
 
-def _seg_max(config: Disk) -> int:
+def _seg_max(config: Disk | AsyncDisk) -> int:
     """Data segments of a request, which fit into a queue beside header and status."""
     return min(SEG_MAX, config.queue_size - 2)
 
 
-def _settings(config: Disk, disk: RawDisk, id: str) -> CData:
+def _settings(config: Disk | AsyncDisk, disk: RawDisk | SourceDisk, id: str) -> CData:
     """What is the same for all queues."""
     settings = ffi.new("struct av_blk_config *")
     settings.fd = disk.fd
     settings.capacity_sectors = disk.size_bytes // SECTOR_BYTES
     settings.read_only = disk.read_only
-    settings.discard = settings.write_zeroes = not disk.read_only
+    settings.discard = disk.discards
+    settings.write_zeroes = not disk.read_only
     settings.writeback = True
     settings.seg_max = _seg_max(config)
     settings.depth = config.queue_size
@@ -231,13 +253,14 @@ def _settings(config: Disk, disk: RawDisk, id: str) -> CData:
     return settings
 
 
-def _create_native(config: Disk, settings: CData, home: Home, queue: Queue) -> tuple[str, CData]:
+def _create_native(
+    config: Disk | AsyncDisk, settings: CData, home: Home, queue: Queue, op: str
+) -> tuple[str, CData]:
     """The engine's name and the native datapath; io_uring where the host allows it."""
     engines = ("io_uring", "threads") if config.engine == "auto" else (config.engine,)
     error = ffi.new("int *")
     for engine in engines:
-        kind = lib.AV_BLK_IO_URING if engine == "io_uring" else lib.AV_BLK_THREADS
-        settings.engine = kind
+        settings.engine = _ENGINES[engine]
         native = lib.av_blk_create(settings, home.native, queue.ring, error)
         if native:
             return engine, native
@@ -245,7 +268,7 @@ def _create_native(config: Disk, settings: CData, home: Home, queue: Queue) -> t
             break
     raise HostError(
         "disk-engine",
-        op=f"{engine} for disk {config.path}",
+        op=f"{engine} for {op}",
         errno=error[0],
         remedy="see kernel.io_uring_disabled, or use engine=threads",
     )
