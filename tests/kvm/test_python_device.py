@@ -1,0 +1,212 @@
+"""examples/key_value_device.py on KVM: a guest of a few instructions calls it over its queue, and
+a disk written in Python is read by another one."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import avmm
+from avmm.block.objects import RamDisk
+from avmm.mem import layout
+from avmm.pci import function as header
+from avmm.virtio.transport import pci, pci_common
+
+Assemble = Callable[[str], Path]
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "key_value_device.py"
+
+SPACE = layout.PCI_ECAM + (1 << 15)
+BAR = layout.PCI_MEMORY
+COMMON, NOTIFY = BAR + pci.COMMON, BAR + pci.NOTIFY
+DESC, AVAIL, USED = 0x300000, 0x301000, 0x302000
+
+# A driver of a split queue of 16: `call n` offers the chain whose first descriptor is number n and
+# waits for it; %ecx counts.
+DRIVER = f"""
+.macro poke size, at, value
+    mov $\\at, %ebx
+    mov\\size $\\value, (%rbx)
+.endm
+.macro descriptor index, at, bytes, flags, next
+    movl $\\at, {DESC:#x} + 16 * \\index
+    movl $0, {DESC + 4:#x} + 16 * \\index
+    movl $\\bytes, {DESC + 8:#x} + 16 * \\index
+    movw $\\flags, {DESC + 12:#x} + 16 * \\index
+    movw $\\next, {DESC + 14:#x} + 16 * \\index
+.endm
+.macro offer head
+    movl %ecx, %eax
+    and $15, %eax
+    movw $\\head, {AVAIL + 4:#x}(,%eax,2)
+    inc %ecx
+    movw %cx, {AVAIL + 2:#x}
+.endm
+.macro await_all
+    poke w, {NOTIFY:#x}, 0
+1:  cmpw %cx, {USED + 2:#x}
+    jne 1b
+.endm
+.macro print_answer at
+    mov $\\at, %esi
+    mov $0x3f8, %dx
+2:  lodsb
+    test %al, %al
+    jz 3f
+    out %al, %dx
+    jmp 2b
+3:
+.endm
+    xor %ecx, %ecx
+    poke w, {SPACE + header.COMMAND:#x}, 6
+    poke b, {COMMON + pci_common.DEVICE_STATUS:#x}, 3
+    poke l, {COMMON + pci_common.DRIVER_FEATURE_SELECT:#x}, 1
+    poke l, {COMMON + pci_common.DRIVER_FEATURE:#x}, 1
+    poke b, {COMMON + pci_common.DEVICE_STATUS:#x}, 11
+    poke w, {COMMON + pci_common.QUEUE_SIZE:#x}, 16
+    poke l, {COMMON + pci_common.QUEUE_DESC:#x}, {DESC:#x}
+    poke l, {COMMON + pci_common.QUEUE_DRIVER:#x}, {AVAIL:#x}
+    poke l, {COMMON + pci_common.QUEUE_DEVICE:#x}, {USED:#x}
+    poke w, {COMMON + pci_common.QUEUE_ENABLE:#x}, 1
+    poke b, {COMMON + pci_common.DEVICE_STATUS:#x}, 15
+"""
+
+
+def request(head: int, text: str) -> str:
+    return f"descriptor {head}, text_{text}, (text_{text}_end-text_{text}), 1, {head + 1}\n"
+
+
+def answer(head: int, at: int) -> str:
+    return f"descriptor {head + 1}, {at:#x}, 64, 2, 0\n"
+
+
+def texts(**of: str) -> str:
+    lines = (f'text_{name}: .ascii "{text}"\ntext_{name}_end:' for name, text in of.items())
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("key_value_device", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config(kernel: Path, **more: Any) -> avmm.Config:
+    return avmm.Config(kernel=str(kernel), memory="4M", cmdline="", **more)
+
+
+async def test_a_guest_calls_the_key_value_device(tiny_guest: Assemble, example: Any) -> None:
+    body = (
+        DRIVER
+        + request(0, "set")
+        + answer(0, 0x310000)
+        + request(2, "get")
+        + answer(2, 0x310100)
+        + request(4, "host")
+        + answer(4, 0x310200)
+        + """
+    offer 0
+    await_all
+    offer 2
+    offer 4
+    await_all
+    print_answer 0x310000
+    putc '|'
+    print_answer 0x310100
+    putc '|'
+    print_answer 0x310200
+    poweroff
+"""
+        + texts(set="SET colour green", get="GET colour", host="GET greeting")
+    )
+    device = example.KeyValue()
+    device.store[b"greeting"] = b"hello from the host"
+    async with avmm.MicroVM(config(tiny_guest(body), devices=[device])) as vm:
+        assert (await vm.wait()).kind is avmm.ExitKind.POWEROFF
+        assert vm.console.scrollback == b"OK|= green|= hello from the host"
+        statistics = vm.statistics().devices["keyvalue0"]
+    assert device.store[b"colour"] == b"green"
+    assert statistics.counters == {"failed": 0, "refused": 0, "keys": 2}
+    assert statistics.queues[0].used == 3
+
+
+async def test_what_is_no_request_is_the_guests_fault(tiny_guest: Assemble, example: Any) -> None:
+    body = (
+        DRIVER
+        + request(0, "odd")
+        + answer(0, 0x310000)
+        + f"""
+    offer 0
+    await_all
+    movb {COMMON + pci_common.DEVICE_STATUS:#x}, %al
+    test $0x40, %al
+    jz 4f
+    putc 'R'
+4:  poweroff
+"""
+        + texts(odd="FLY to the moon")
+    )
+    async with avmm.MicroVM(config(tiny_guest(body), devices=[example.KeyValue()])) as vm:
+        assert (await vm.wait()).kind is avmm.ExitKind.POWEROFF
+        assert vm.console.scrollback == b"R"
+        assert vm.statistics().devices["keyvalue0"].last_fault == "key-value"
+
+
+async def test_a_guest_reads_and_writes_a_disk_written_in_python(tiny_guest: Assemble) -> None:
+    body = (
+        DRIVER
+        + "descriptor 0, read, 16, 1, 1\ndescriptor 1, 0x320000, 512, 3, 2\n"
+        + "descriptor 2, 0x330000, 1, 2, 0\n"
+        + "descriptor 3, write, 16, 1, 4\ndescriptor 4, 0x320000, 512, 1, 5\n"
+        + "descriptor 5, 0x330001, 1, 2, 0\n"
+        + """
+    movw $0xffff, 0x330000
+    offer 0
+    await_all
+    offer 3
+    await_all
+    cmpw $0, 0x330000
+    jne fail
+    print_answer 0x320000
+    poweroff
+fail:
+    putc 'n'
+    poweroff
+    .balign 8
+read:  .long 0, 0
+    .quad 2
+write: .long 1, 0
+    .quad 7
+"""
+    )
+    disk = RamDisk(4096, bytes(1024) + b"read by a guest")
+    async with avmm.MicroVM(config(tiny_guest(body), disks=[avmm.AsyncDisk(disk)])) as vm:
+        assert (await vm.wait()).kind is avmm.ExitKind.POWEROFF
+        assert vm.console.scrollback == b"read by a guest"
+    assert disk.content[7 * 512 : 7 * 512 + 15] == b"read by a guest"
+
+
+async def test_a_machine_ends_though_a_device_hangs(tiny_guest: Assemble) -> None:
+    class Hangs(avmm.PythonDevice):
+        virtio_id = 50
+
+        async def handle(self, chain: avmm.Chain) -> None:
+            begun.set_result(None)
+            await loop.create_future()
+
+    loop = asyncio.get_running_loop()
+    begun: asyncio.Future[None] = loop.create_future()
+    body = DRIVER + "descriptor 0, 0x310000, 64, 2, 0\noffer 0\nawait_all\n"
+    async with avmm.MicroVM(config(tiny_guest(body), devices=[Hangs()])) as vm:
+        await begun
+        assert vm.state is avmm.State.RUNNING
+    assert (await vm.wait()).kind is avmm.ExitKind.KILLED
