@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from avmm.console.console import Console
     from avmm.errors import AvmmError, BugError, ConfigError, GuestFault, HostError, SnapshotError
     from avmm.legacy.serial16550 import SerialStatistics
     from avmm.machine.config import Config
-    from avmm.machine.console import Console
     from avmm.machine.events import (
         ConsoleClosed,
         DeviceFault,
@@ -52,7 +52,7 @@ _HOMES = {
     "Chain": "avmm.virtio.python_device",
     "Config": "avmm.machine.config",
     "ConfigError": "avmm.errors",
-    "Console": "avmm.machine.console",
+    "Console": "avmm.console.console",
     "ConsoleClosed": "avmm.machine.events",
     "DeviceFault": "avmm.machine.events",
     "DeviceStatistics": "avmm.virtio.device",

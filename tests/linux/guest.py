@@ -106,6 +106,12 @@ class Running:
         assert len(values) == 1, f"{len(values)} lines 'FACT {key}' on the console"
         return values[0]
 
+    async def listen(self) -> None:
+        """Keep what the guest writes, to its end."""
+        reader, _ = self.vm.console.open(hold=True)
+        while data := await reader.read(65536):
+            self.output += data
+
     async def says(self, text: str, limit_s: float = BOOT_LIMIT_S) -> None:
         """Wait until the guest wrote this line."""
         await self.vm.console.expect(rf"(?m)^{re.escape(text)}\r?\n".encode(), timeout=limit_s)
@@ -166,13 +172,15 @@ class Guests:
         """A started guest; killed on the way out if it still runs."""
         vm = avmm.MicroVM(self.config(script, **options))
         guest = Running(vm, time.monotonic())
+        listening: asyncio.Task[None] | None = None
         try:
             async with vm:
-                guest.output += vm.console.scrollback
-                vm.console.add_sink(guest.output.extend)
+                listening = asyncio.create_task(guest.listen())
                 yield guest
             guest.reason = await vm.wait()
         finally:
+            if listening is not None:
+                await listening
             guest.seconds = time.monotonic() - guest.began
             guest.show()
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from avmm.cli.instance import claimed
 from avmm.cli.main import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED
-from avmm.cli.terminal import ESCAPE_NAME, Input, Output, is_terminal, raw_mode
+from avmm.cli.terminal import ESCAPE_NAME, Input, Output, is_terminal, raw_mode, watched_size
 from avmm.config import field_description, field_hint, parse_option, read_file
 from avmm.errors import ConfigError, HostError
 from avmm.log import log_to_stderr
@@ -22,6 +22,8 @@ from avmm.loop import run as run_loop
 from avmm.machine.config import DEVICE_STRUCTS, Config
 from avmm.machine.machine import MachineStatistics, MicroVM
 from avmm.machine.reason import ExitKind, ExitReason
+
+_FLUSH_S = 5.0
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
@@ -195,27 +197,25 @@ async def _attached(vm: MicroVM, attached: bool, stats: bool) -> AsyncIterator[a
         loop.add_signal_handler(signal.SIGTERM, lambda: start(vm.kill()))
         start(vm.stop())
 
+    reader, writer = vm.console.open(hold=vm.console.can_hold)
     output = Output(sys.stdout.fileno(), on_closed=lambda: start(vm.kill()))
-    output.write(vm.console.scrollback)
-    vm.console.add_sink(output.write)
-    on_escape = interrupt if attached else None
-    source = Input(sys.stdin.fileno(), vm.console, on_escape)
+    source = Input(sys.stdin.fileno(), writer, interrupt if attached else None)
     loop.add_signal_handler(signal.SIGINT, interrupt)
     loop.add_signal_handler(signal.SIGTERM, terminate)
     if stats:
         loop.add_signal_handler(signal.SIGUSR1, lambda: _print_statistics(vm.statistics()))
-    start(_forward(source))
+    start(source.forward())
+    showing = loop.create_task(output.show(reader))
     try:
-        yield interrupted
+        with watched_size(vm.console.resize) if attached else contextlib.nullcontext():
+            yield interrupted
     finally:
+        # What the guest wrote last is still on its way; a terminal that stands still is left.
+        await asyncio.wait([showing], timeout=_FLUSH_S)
+        tasks.add(showing)
         loop.remove_signal_handler(signal.SIGINT)
         loop.remove_signal_handler(signal.SIGTERM)
         loop.remove_signal_handler(signal.SIGUSR1)
         for task in tuple(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _forward(source: Input) -> None:
-    with contextlib.suppress(HostError):  # the guest ended while input was waiting
-        await source.forward()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
+import stat
 import sys
 import termios
 import tty
 from collections.abc import Callable, Iterator
 
-from avmm.machine.console import Console
-
 ESCAPE_KEY = b"\x1d"
 ESCAPE_NAME = "Ctrl-]"
 
-_READ_BYTES = 65536
+_IO_BYTES = 65536
 
 
 @contextlib.contextmanager
@@ -31,72 +31,120 @@ def raw_mode(fd: int) -> Iterator[None]:
 
 
 class Output:
-    """Bytes to stdout. Blocks when its reader is slow, and then so does the guest's console: that
-    is the only flow control a serial line has."""
+    """Bytes to stdout, no faster than it takes them, and without making the loop wait.
+
+    on_closed: called once, when whoever reads stdout is gone; the rest goes nowhere.
+    """
 
     def __init__(self, fd: int, on_closed: Callable[[], None]) -> None:
         self._fd = fd
         self._on_closed = on_closed
         self._closed = False
 
-    def write(self, data: bytes) -> None:
-        """Write it all; when the reader is gone, say so once and drop the rest."""
+    async def show(self, reader: asyncio.StreamReader) -> None:
+        """Until the guest's end."""
+        with _unblocked(self._fd) as fd:
+            while data := await reader.read(_IO_BYTES):
+                await self._write(fd, data)
+
+    async def _write(self, fd: int, data: bytes) -> None:
         view = memoryview(data)
         while view and not self._closed:
             try:
-                view = view[os.write(self._fd, view) :]
+                view = view[os.write(fd, view) :]
             except BlockingIOError:
-                _wait_writable(self._fd)
+                await _ready(asyncio.get_running_loop(), fd, writing=True)
             except OSError:
                 self._closed = True
                 self._on_closed()
 
 
 class Input:
-    """Bytes from stdin to the console, no faster than the guest takes them.
+    """Bytes from stdin to the guest, no faster than it takes them.
 
     on_escape: called when the escape key is pressed; None passes every byte on.
     """
 
-    def __init__(self, fd: int, console: Console, on_escape: Callable[[], None] | None) -> None:
+    def __init__(
+        self, fd: int, writer: asyncio.StreamWriter, on_escape: Callable[[], None] | None
+    ) -> None:
         self._fd = fd
-        self._console = console
+        self._writer = writer
         self._on_escape = on_escape
 
     async def forward(self) -> None:
         """Until stdin ends, the guest ends, or the escape key comes."""
         loop = asyncio.get_running_loop()
-        while True:
-            data = await _read(loop, self._fd)
-            if not data:
-                return
-            if self._on_escape is not None and ESCAPE_KEY in data:
-                self._console.write_nowait(data[: data.index(ESCAPE_KEY)])
-                self._on_escape()
-                return
-            await self._console.write(data)
+        with contextlib.suppress(ConnectionError):  # the guest's end
+            while data := await _read(loop, self._fd):
+                if self._on_escape is not None and ESCAPE_KEY in data:
+                    self._writer.write(data[: data.index(ESCAPE_KEY)])
+                    self._on_escape()
+                    return
+                self._writer.write(data)
+                await self._writer.drain()
+
+
+@contextlib.contextmanager
+def watched_size(on_size: Callable[[int, int], None]) -> Iterator[None]:
+    """Calls `on_size` with the terminal's columns and rows, now and whenever they change."""
+    loop = asyncio.get_running_loop()
+
+    def tell() -> None:
+        with contextlib.suppress(OSError):  # no terminal any more
+            size = os.get_terminal_size(sys.stdout.fileno())
+            on_size(size.columns, size.lines)
+
+    loop.add_signal_handler(signal.SIGWINCH, tell)
+    try:
+        tell()
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGWINCH)
+
+
+@contextlib.contextmanager
+def _unblocked(fd: int) -> Iterator[int]:
+    """A descriptor of the same terminal or pipe whose writes do not block.
+
+    The flag is shared by all who have inherited a descriptor, so it is set on one of our own.
+    A file is written as it is, and so is what cannot be opened again.
+    """
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    mode = os.fstat(fd).st_mode
+    own = -1
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        with contextlib.suppress(OSError):
+            own = os.open(f"/proc/self/fd/{fd}", flags)
+    try:
+        yield own if own >= 0 else fd
+    finally:
+        if own >= 0:
+            os.close(own)
 
 
 async def _read(loop: asyncio.AbstractEventLoop, fd: int) -> bytes:
     """One read; regular files, which no loop can watch, are read at once."""
-    ready: asyncio.Future[None] = loop.create_future()
-    try:
-        loop.add_reader(fd, _set_once, ready)
-    except OSError:
-        return os.read(fd, _READ_BYTES)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(fd)
+    await _ready(loop, fd)
     with contextlib.suppress(OSError):  # a terminal that was hung up reads as its end
-        return os.read(fd, _READ_BYTES)
+        return os.read(fd, _IO_BYTES)
     return b""
 
 
-def _wait_writable(fd: int) -> None:
-    import select
-
-    select.select([], [fd], [])
+async def _ready(loop: asyncio.AbstractEventLoop, fd: int, *, writing: bool = False) -> None:
+    """Wait for a descriptor; at once when the loop cannot watch it."""
+    ready: asyncio.Future[None] = loop.create_future()
+    add, remove = (
+        (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
+    )
+    try:
+        add(fd, _set_once, ready)
+    except OSError:
+        return
+    try:
+        await ready
+    finally:
+        remove(fd)
 
 
 def is_terminal() -> bool:

@@ -38,10 +38,13 @@ class Serial16550:
         self._room = ffi.new("uint8_t[]", _TAKE_BYTES)
         self._view = ffi.buffer(self._room)
 
-    def take(self) -> bytes:
-        """All bytes that the guest has sent, up to 64 KiB; b"" when there are none."""
+    def acknowledge(self) -> None:
+        """event_fd was seen; before take() and put()."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.event_fd)
+
+    def take(self) -> bytes:
+        """All bytes that the guest has sent, up to 64 KiB; b"" when there are none."""
         count = lib.av_uart_take(self.native, self._room, _TAKE_BYTES)
         return bytes(self._view[:count])
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from avmm.boot.entry import EntryRegs
 from avmm.boot.load import BootSource, load
+from avmm.console.console import Console
 from avmm.errors import GuestFault, HostError
 from avmm.kvm.system import Kvm
 from avmm.kvm.vcpu import Vcpu
@@ -21,7 +22,7 @@ from avmm.legacy.acpi_pm import AcpiPm
 from avmm.legacy.serial16550 import Serial16550
 from avmm.loop import LoopBridge, on_thread
 from avmm.machine.config import Config
-from avmm.machine.console import Console
+from avmm.machine.console import SerialConsole
 from avmm.machine.lifecycle import uninterrupted
 from avmm.machine.mmio_slots import MmioSlots, acpi_devices
 from avmm.machine.pci_slots import PciSlots, acpi_root
@@ -60,7 +61,7 @@ class Parts:
     """What a built machine is made of; owned by the exit stack, used by MicroVM."""
 
     gate: Gate
-    console: Console
+    serial_console: Console
     serial: Serial16550
     power: AcpiPm
     threads: tuple[VcpuThread, ...]
@@ -94,14 +95,14 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
         )
         devices = await plug(slots, backplane, surroundings)
         registers = await asyncio.shield(loading)
-    console = Console(platform.serial)
+    console = SerialConsole(platform.serial, config.scrollback_bytes)
     stack.callback(reports.console_closed)
     stack.callback(console.close)
     console.start()
     gate = Gate(asyncio.get_running_loop(), config.cpus)
     bridge = LoopBridge(asyncio.get_running_loop(), on_error)
     exits = Exits(
-        pio=platform.pio, mmio=platform.mmio, bridge=bridge, gate=gate, drain_uart=console.drain
+        pio=platform.pio, mmio=platform.mmio, bridge=bridge, gate=gate, drain_uart=console.make_room
     )
     dispatch = _dispatch(platform, backplane, stack)
     vcpus = _create_vcpus(kvm, vm, config.cpus, registers, stack)
@@ -122,7 +123,15 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
     gate.kicks = [thread.kick for thread in threads]
     for thread in threads:
         thread.start()
-    return Parts(gate, console, platform.serial, platform.power, tuple(threads), devices, homes)
+    return Parts(
+        gate,
+        console.console,
+        platform.serial,
+        platform.power,
+        tuple(threads),
+        devices,
+        homes,
+    )
 
 
 @asynccontextmanager

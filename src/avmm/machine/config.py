@@ -11,6 +11,7 @@ import msgspec
 
 from avmm.boot.cmdline import guest_address
 from avmm.config import Checked, convert, parse_option, read_file
+from avmm.console.console import SCROLLBACK_BYTES, check_scrollback
 from avmm.errors import ConfigError
 from avmm.mem.layout import CPUS_MAX
 from avmm.mem.region import HUGE_PAGE_BYTES
@@ -82,6 +83,9 @@ class Config(Checked, frozen=True, kw_only=True):
         int,
         _meta("microseconds, at most, that an I/O thread looks for work before it sleeps"),
     ] = 50
+    scrollback: Annotated[
+        str | int, _meta("how much of its serial console's output is kept, in bytes or like 256K")
+    ] = SCROLLBACK_BYTES
     on_reboot: Annotated[
         Literal["stop", "restart"], _meta("what a reboot of the guest does: stop or restart")
     ] = "stop"
@@ -95,6 +99,7 @@ class Config(Checked, frozen=True, kw_only=True):
         self._check_memory()
         if not self.stop_grace_s >= 0:
             raise ConfigError("grace", f"stop_grace_s: {self.stop_grace_s} is negative or no time")
+        check_scrollback(self.scrollback, "scrollback")
         check_io(self.io_threads, self.io_poll_us, self.all_devices())
         self._check_devices()
 
@@ -112,6 +117,11 @@ class Config(Checked, frozen=True, kw_only=True):
     def memory_bytes(self) -> int:
         """RAM in bytes."""
         return parse_size(self.memory, "memory")
+
+    @property
+    def scrollback_bytes(self) -> int:
+        """What is kept of the serial console's output."""
+        return parse_size(self.scrollback, "scrollback")
 
     def all_devices(self) -> list[tuple[str, DeviceConfig]]:
         """(id, config struct) of each device, in the order of their slots."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+from avmm.console.console import Console
 from avmm.errors import ConfigError, GuestFault
 from avmm.frozen import FrozenDict
 from avmm.legacy.serial16550 import SerialStatistics
 from avmm.machine.builder import Parts, Reports, build
 from avmm.machine.config import Config
-from avmm.machine.console import Console
 from avmm.machine.events import (
     EVENTS_LIMIT,
     ConsoleClosed,
@@ -111,7 +111,7 @@ class MicroVM:
     @property
     def console(self) -> Console:
         """The serial console; also after the guest ended, for what it printed."""
-        return self._running_parts("console", ended=True).console
+        return self._running_parts("console", ended=True).serial_console
 
     @property
     def vsock(self) -> VsockHost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pty
@@ -18,7 +19,9 @@ from avmm.cli.doctor import Verdict
 from avmm.cli.main import _parser, main
 from avmm.cli.run import make_config
 from avmm.cli.terminal import Input, Output, raw_mode
+from avmm.console.console import Console
 from avmm.machine.config import Config, Disk, Rng, Tap
+from fakes.mmio_driver import settle
 
 HEAVY = ("pyroute2", "uvloop", "cffi", "avmm._native", "msgspec", "asyncio")
 
@@ -131,29 +134,29 @@ def test_raw_mode_is_undone_on_every_way_out(fails: bool) -> None:
     os.close(secondary)
 
 
-class FakeConsole:
+class FakeGuest:
     """Takes what is typed."""
 
     def __init__(self) -> None:
         self.typed = b""
+        self.console = Console("console", self._put)
 
-    async def write(self, data: bytes) -> None:
+    def _put(self, data: memoryview) -> int:
         self.typed += data
-
-    def write_nowait(self, data: bytes) -> None:
-        self.typed += data
+        return len(data)
 
 
 async def typed(data: bytes, *, escape: bool) -> tuple[bytes, bool]:
     """What reaches the console of `data` on a pipe, and whether the escape key was noticed."""
-    console, escaped = FakeConsole(), asyncio.Event()
+    guest, escaped = FakeGuest(), asyncio.Event()
     read_fd, write_fd = os.pipe()
     os.write(write_fd, data)
     os.close(write_fd)
-    on_escape = escaped.set if escape else None
-    await Input(read_fd, console, on_escape).forward()  # type: ignore[arg-type]
+    _, writer = guest.console.open()
+    await Input(read_fd, writer, escaped.set if escape else None).forward()
+    writer.close()
     os.close(read_fd)
-    return console.typed, escaped.is_set()
+    return guest.typed, escaped.is_set()
 
 
 async def test_input_goes_to_the_guest_until_its_end() -> None:
@@ -168,23 +171,64 @@ async def test_the_escape_key_ends_input_and_is_not_passed_on() -> None:
 async def test_a_regular_file_as_input_is_read(tmp_path: Path) -> None:
     path = tmp_path / "input"
     path.write_bytes(b"x" * 200_000)
-    console = FakeConsole()
+    guest = FakeGuest()
+    _, writer = guest.console.open()
     with path.open("rb") as file:
-        await Input(file.fileno(), console, None).forward()  # type: ignore[arg-type]
-    assert console.typed == b"x" * 200_000
+        await Input(file.fileno(), writer, None).forward()
+    writer.close()
+    assert guest.typed == b"x" * 200_000
 
 
-def test_output_whose_reader_is_gone_says_so_once() -> None:
+async def test_output_whose_reader_is_gone_says_so_once() -> None:
     closed: list[str] = []
     read_fd, write_fd = os.pipe()
-    output = Output(write_fd, lambda: closed.append("closed"))
-    output.write(b"before")
+    guest = FakeGuest()
+    reader, _ = guest.console.open()
+    showing = asyncio.create_task(Output(write_fd, lambda: closed.append("closed")).show(reader))
+    guest.console.receive(b"before")
+    await settle()
     assert os.read(read_fd, 100) == b"before"
     os.close(read_fd)
-    output.write(b"after")
-    output.write(b"and after")
+    guest.console.receive(b"after")
+    await settle()
+    guest.console.receive(b"and after")
+    guest.console.close()
+    await showing
     os.close(write_fd)
     assert closed == ["closed"]
+
+
+async def test_output_waits_for_a_slow_reader_and_the_loop_goes_on() -> None:
+    read_fd, write_fd = os.pipe()
+    guest = FakeGuest()
+    reader, _ = guest.console.open()
+    showing = asyncio.create_task(Output(write_fd, lambda: None).show(reader))
+    guest.console.receive(b"x" * 200_000)  # a pipe holds 64 KiB
+    await settle()
+    assert not showing.done()
+    guest.console.close()
+    os.set_blocking(read_fd, False)
+    seen = 0
+    while seen < 200_000:
+        with contextlib.suppress(BlockingIOError):
+            seen += len(os.read(read_fd, 65536))
+        await asyncio.sleep(0)
+    await showing
+    os.close(read_fd)
+    assert os.get_blocking(write_fd)
+    os.close(write_fd)
+
+
+async def test_output_to_a_file_is_at_its_place_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    guest = FakeGuest()
+    reader, _ = guest.console.open()
+    guest.console.receive(b"said")
+    guest.console.close()
+    with path.open("wb", buffering=0) as file:
+        file.write(b"head:")
+        await Output(file.fileno(), lambda: None).show(reader)
+    assert path.read_bytes() == b"head:said"
 
 
 def test_doctor_tells_hardware_from_software_kvm() -> None:

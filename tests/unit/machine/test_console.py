@@ -1,33 +1,37 @@
-"""The console over a real UART; the guest's side is played through the native calls."""
+"""The serial console over a real UART; the guest's side is played through the native calls."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import AsyncIterator
 
 import pytest
 
-from avmm.errors import HostError
 from avmm.legacy.serial16550 import Serial16550
-from avmm.machine.console import Console
+from avmm.machine.console import SerialConsole
 from avmm.native import lib
+from fakes.mmio_driver import settle
 
 DATA, LSR = 0, 5
+RING_BYTES = 65536
 
 
 class Port:
     """A console, and the guest at the other end of it."""
 
-    def __init__(self, irq_fd: int, scrollback_bytes: int) -> None:
+    def __init__(self, irq_fd: int) -> None:
         self.serial = Serial16550(irq_fd)
-        self.console = Console(self.serial, scrollback_bytes)
-        self.console.start()
+        self.line = SerialConsole(self.serial)
+        self.console = self.line.console
+        self.line.start()
 
-    def guest_writes(self, data: bytes) -> None:
-        for byte in data:
-            assert lib.av_uart_write(self.serial.native, DATA, byte) == 0
+    def guest_writes(self, data: bytes) -> int:
+        """As much as fits; how much."""
+        for index, byte in enumerate(data):
+            if lib.av_uart_write(self.serial.native, DATA, byte) != 0:
+                return index
+        return len(data)
 
     def guest_reads(self) -> bytes:
         """What is there now."""
@@ -40,83 +44,33 @@ class Port:
 @pytest.fixture
 async def port() -> AsyncIterator[Port]:
     irq_fd = os.eventfd(0, os.EFD_NONBLOCK)
-    port = Port(irq_fd, 1000)
+    port = Port(irq_fd)
     yield port
-    port.console.close()
+    port.line.close()
     port.serial.close()
     os.close(irq_fd)
 
 
-async def test_expect_matches_across_chunks_and_goes_on_behind_the_match(port: Port) -> None:
-    port.guest_writes(b"boot: lo")
-    waiting = asyncio.create_task(port.console.expect(rb"log(\w)n:"))
-    await port.console.read(0)
-    assert not waiting.done()
-    port.guest_writes(b"gin: ok ok")
-    match = await waiting
-    assert (match[0], match[1]) == (b"login:", b"i")
-    await port.console.expect(b"ok")
-    await port.console.expect(re.compile(b"ok"))
-    with pytest.raises(TimeoutError, match="the console ends with b'boot: login: ok ok'"):
-        await port.console.expect(b"ok", timeout=0)
-
-
-async def test_a_match_outlives_the_scrollback(port: Port) -> None:
-    port.guest_writes(b"needle")
-    match = await port.console.expect(b"needle")
-    port.guest_writes(b"x" * 3000)
-    await port.console.read(6)
-    assert match[0] == b"needle"
-    assert port.console.end == 3006
-
-
-async def test_the_scrollback_keeps_the_last_bytes_and_positions_go_on(port: Port) -> None:
-    port.guest_writes(bytes(range(256)) * 10)
-    data, end = await port.console.read(0)
-    assert end == 2560
-    assert data == (bytes(range(256)) * 10)[-1000:]
-    assert port.console.scrollback == data
-
-
 async def test_several_readers_each_get_everything(port: Port) -> None:
-    async def reader() -> bytes:
-        position, text = 0, b""
-        while True:
-            data, position = await port.console.read(position)
-            if not data:
-                return text
-            text += data
-
-    readers = [asyncio.create_task(reader()) for _ in range(3)]
+    readers = [asyncio.create_task(port.console.open()[0].read()) for _ in range(3)]
     for piece in (b"one ", b"two ", b"three"):
-        before = port.console.end
-        port.guest_writes(piece)
-        await port.console.read(before)
-        await asyncio.sleep(0)
-    port.console.close()
+        assert port.guest_writes(piece) == len(piece)
+        await settle()
+    port.line.close()
     assert await asyncio.gather(*readers) == [b"one two three"] * 3
-
-
-async def test_sinks_get_each_chunk_until_they_are_removed(port: Port) -> None:
-    chunks: list[bytes] = []
-    port.console.add_sink(chunks.append)
-    port.guest_writes(b"seen")
-    await port.console.read(0)
-    port.console.remove_sink(chunks.append)
-    port.guest_writes(b"unseen")
-    await port.console.read(4)
-    assert b"".join(chunks) == b"seen"
 
 
 async def test_a_long_write_waits_for_the_guest_and_arrives_whole(port: Port) -> None:
     data = bytes(range(256)) * 1000
-    writing = asyncio.create_task(port.console.write(data))
+    _, writer = port.console.open()
+    writer.write(data)
+    draining = asyncio.create_task(writer.drain())
     received = bytearray()
     while len(received) < len(data):
         received += port.guest_reads()
-        assert not writing.done() or len(data) - len(received) <= 65536
+        assert not draining.done() or len(data) - len(received) <= RING_BYTES
         await asyncio.sleep(0)
-    await writing
+    await draining
     assert received == data
 
 
@@ -130,17 +84,40 @@ async def test_bytes_of_one_write_stay_together(port: Port) -> None:
     assert received == b"a" * 50_000 + b"b" * 50_000
 
 
-async def test_the_end_of_the_guest_ends_what_waits(port: Port) -> None:
-    expecting = asyncio.create_task(port.console.expect(b"never"))
-    writing = asyncio.create_task(port.console.write(bytes(200_000)))
-    await asyncio.sleep(0)
-    port.guest_writes(b"last words")
-    port.console.close()
-    with pytest.raises(HostError, match="last words"):
-        await expecting
-    with pytest.raises(HostError, match="ended"):
-        await writing
-    with pytest.raises(HostError, match="ended"):
-        port.console.write_nowait(b"x")
-    assert await port.console.read(port.console.end) == (b"", port.console.end)
-    assert port.console.scrollback == b"last words"
+async def test_a_reader_that_holds_fills_the_ring_and_then_the_vcpu_waits(port: Port) -> None:
+    reader, _ = port.console.open(hold=True, limit=1000)
+    sent = 0
+    while count := port.guest_writes(b"x" * 5000):
+        sent += count
+        await settle()
+    waiting = port.line.make_room()
+    assert waiting is not None
+    assert sent >= RING_BYTES
+    room = asyncio.ensure_future(waiting)
+    await settle()
+    assert not room.done()
+    await reader.readexactly(sent)
+    await room
+    assert port.line.make_room() is None
+    assert port.guest_writes(b"more") == 4
+    assert await reader.readexactly(4) == b"more"
+
+
+async def test_input_reaches_a_guest_whose_output_is_held(port: Port) -> None:
+    reader, writer = port.console.open(hold=True, limit=10)
+    port.guest_writes(b"y" * 100)
+    await settle()
+    assert port.console.held
+    writer.write(b"typed")
+    await writer.drain()
+    assert port.guest_reads() == b"typed"
+    assert await reader.readexactly(100) == b"y" * 100
+
+
+async def test_the_end_of_the_guest_gives_a_reader_all_that_was_held(port: Port) -> None:
+    reader, _ = port.console.open(hold=True, limit=10)
+    for _ in range(5):
+        port.guest_writes(b"z" * 100)
+        await settle()
+    port.line.close()
+    assert await reader.read() == b"z" * 500

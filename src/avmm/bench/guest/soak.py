@@ -141,12 +141,15 @@ async def soak(
             server = await asyncio.start_server(_echo, f"{net}.1", PORT)
             stack.callback(server.close)
         await vm.console.expect(rb"SOAK begin", timeout=_BOOT_LIMIT_S)
-        said = bytearray()
-        vm.console.add_sink(said.extend)
+        reader, writer = vm.console.open(scrollback=False, hold=True)
+        stack.callback(writer.close)
+        saying = asyncio.create_task(reader.read())
+        stack.callback(saying.cancel)
         began = time.monotonic()
         await _watch(vm, result, seconds, interval_s, say)
         async with asyncio.timeout(_END_LIMIT_S):
             reason = await vm.wait()
+            said = await saying
         result.seconds = time.monotonic() - began
         if reason.kind is not ExitKind.POWEROFF:
             result.problems.append(

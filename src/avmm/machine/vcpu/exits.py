@@ -11,7 +11,7 @@ Which one it is, a device says by what its `write` returns: None, Call or Post.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from avmm.bus.bus import Bus
 from avmm.bus.region import Call, Deferred
@@ -40,7 +40,7 @@ class Exits:
         mmio: Bus,
         bridge: LoopBridge,
         gate: Gate,
-        drain_uart: Callable[[], None],
+        drain_uart: Callable[[], Awaitable[None] | None],
     ) -> None:
         self._pio = pio
         self._mmio = mmio
