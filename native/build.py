@@ -21,6 +21,8 @@ MODULES = (
     "home",
     "relay",
     "rng",
+    "cable",
+    "switch",
     "blk",
     "blk_loop",
     "net",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 
 from avmm.errors import ConfigError
@@ -35,6 +36,11 @@ def parse_mac(text: str, what: str) -> bytes:
             "mac", f"{what}: {text} is not a unicast address; make its first byte even"
         )
     return mac
+
+
+def random_mac() -> str:
+    """A unicast address, locally administered."""
+    return (bytes([0x02]) + os.urandom(5)).hex(":")
 
 
 def parse_host(text: str, what: str) -> ipaddress.IPv4Interface | ipaddress.IPv6Interface:
