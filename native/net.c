@@ -61,7 +61,10 @@ static bool tap_has_room(struct av_net *net)
 {
     struct pollfd poll_fd = { .fd = net->fd, .events = POLLOUT };
 
-    net->tx.full = poll(&poll_fd, 1, 0) == 0;
+    if (net->end != NULL)
+        net->tx.full = !av_cable_has_room(net->end);
+    else
+        net->tx.full = poll(&poll_fd, 1, 0) == 0;
     return !net->tx.full;
 }
 
@@ -125,8 +128,8 @@ static int set_up(struct av_net *net, struct av_home *home, int fd)
     return 0;
 }
 
-struct av_net *av_net_create(struct av_home *home, int fd, struct av_vring *rx,
-                             struct av_vring *tx, int *error)
+struct av_net *av_net_create(struct av_home *home, int fd, struct av_cable_end *end,
+                             struct av_vring *rx, struct av_vring *tx, int *error)
 {
     struct av_net *net = calloc(1, sizeof(*net));
 
@@ -135,6 +138,7 @@ struct av_net *av_net_create(struct av_home *home, int fd, struct av_vring *rx,
         return NULL;
     }
     net->fd = fd;
+    net->end = end;
     net->rx.ring = rx;
     net->tx.ring = tx;
     net->tx.timer_fd = -1;

@@ -1,10 +1,11 @@
-/* The network device's datapath: a pair of rings and a TAP queue (virtio 1.3 section 5.1.6). A
- * device has one of these a queue pair, so pairs share nothing and need no lock. */
+/* The network device's datapath: a pair of rings, and a TAP queue or the end of a cable (virtio 1.3
+ * section 5.1.6). What is said of a TAP holds for a cable. A device has one of these a queue pair, so pairs share nothing and need no lock. */
 #ifndef AV_NET_H
 #define AV_NET_H
 
 #include <stdint.h>
 
+#include "cable.h"
 #include "home.h"
 #include "vring.h"
 
@@ -35,11 +36,12 @@ struct av_net_filter {
     uint64_t vlan[64]; /* a bit for each number */
 };
 
-/* home and rings are borrowed. fd: a non-blocking TAP queue whose packets begin with the 12 bytes
- * of struct virtio_net_hdr_v1, borrowed. NULL: *error is the errno. */
+/* All are borrowed. fd: a non-blocking TAP queue whose packets begin with the 12 bytes of struct
+ * virtio_net_hdr_v1; or what the end of a cable, which is there in the TAP's place, is watched by.
+ * end: that end, or NULL. NULL: *error is the errno. */
 struct av_net;
-struct av_net *av_net_create(struct av_home *home, int fd, struct av_vring *rx,
-                             struct av_vring *tx, int *error);
+struct av_net *av_net_create(struct av_home *home, int fd, struct av_cable_end *end,
+                             struct av_vring *rx, struct av_vring *tx, int *error);
 void av_net_destroy(struct av_net *net); /* its lane is at rest */
 /* Kick 0: the receive ring's, 1: the transmit ring's. News: the TAP fails, see below. */
 struct av_lane *av_net_lane(struct av_net *net);

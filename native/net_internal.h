@@ -57,6 +57,7 @@ struct av_net_tx {
 struct av_net {
     struct av_lane lane; /* first: its home gives it back */
     int fd;
+    struct av_cable_end *end; /* in the place of a TAP; NULL: fd is one */
     bool link_up;
     int error;
     struct av_net_rx rx;

@@ -158,6 +158,8 @@ static ssize_t read_packet(struct av_net *net)
         (struct iovec){ .iov_base = rx->staging, .iov_len = AV_NET_PACKET_MAX_BYTES };
     if (rx->is_staged)
         count++;
+    if (net->end != NULL)
+        return av_cable_readv(net->end, iov, count);
     return count == 1 ? read(net->fd, iov->iov_base, iov->iov_len)
                       : readv(net->fd, iov, (int)count);
 }

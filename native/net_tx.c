@@ -17,14 +17,21 @@
  * one interrupt all the same. */
 #define SHOW_EVERY 32u
 
+static ssize_t send_packet(struct av_net *net, const struct av_chain *chain)
+{
+    if (net->end != NULL)
+        return av_cable_writev(net->end, chain->iov, chain->readable);
+    return chain->readable == 1 ? write(net->fd, chain->iov->iov_base, chain->iov->iov_len)
+                                : writev(net->fd, chain->iov, chain->readable);
+}
+
 /* Send one chain; 0, or -EAGAIN when the TAP is full. */
 static int send_one(struct av_net *net, const struct av_chain *chain)
 {
     ssize_t sent = -1;
 
     if (chain->readable_bytes > AV_NET_HEADER_BYTES && net->link_up) {
-        sent = chain->readable == 1 ? write(net->fd, chain->iov->iov_base, chain->iov->iov_len)
-                                    : writev(net->fd, chain->iov, chain->readable);
+        sent = send_packet(net, chain);
         if (sent < 0 && errno == EAGAIN)
             return -EAGAIN;
     }

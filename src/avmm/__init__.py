@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from avmm.console.console import Console
     from avmm.errors import AvmmError, BugError, ConfigError, GuestFault, HostError, SnapshotError
+    from avmm.hostnet.cable import LinkStatistics
+    from avmm.hostnet.switch import Port, Switch, SwitchPort
     from avmm.legacy.serial16550 import SerialStatistics
     from avmm.machine.config import Config
     from avmm.machine.events import (
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from avmm.virtio.devices.blk import Disk
     from avmm.virtio.devices.blk_source import AsyncDisk
     from avmm.virtio.devices.net import Tap
+    from avmm.virtio.devices.nic import Nic
     from avmm.virtio.devices.rng import Rng
     from avmm.virtio.devices.vsock import Vsock
     from avmm.virtio.home import HomeStatistics
@@ -69,12 +72,15 @@ _HOMES = {
     "HomeStatistics": "avmm.virtio.home",
     "HostError": "avmm.errors",
     "LinkChanged": "avmm.machine.events",
+    "LinkStatistics": "avmm.hostnet.cable",
     "MachineStatistics": "avmm.machine.machine",
     "MicroVM": "avmm.machine.machine",
+    "Nic": "avmm.virtio.devices.nic",
     "Paused": "avmm.machine.events",
+    "Port": "avmm.hostnet.switch",
+    "PythonDevice": "avmm.virtio.python_device",
     "QueueStatistics": "avmm.virtio.queue",
     "Resumed": "avmm.machine.events",
-    "PythonDevice": "avmm.virtio.python_device",
     "Rng": "avmm.virtio.devices.rng",
     "SerialStatistics": "avmm.legacy.serial16550",
     "ServerStatistics": "avmm.vhost_user.server",
@@ -82,6 +88,8 @@ _HOMES = {
     "Started": "avmm.machine.events",
     "State": "avmm.machine.lifecycle",
     "StopRequested": "avmm.machine.events",
+    "Switch": "avmm.hostnet.switch",
+    "SwitchPort": "avmm.hostnet.switch",
     "Tap": "avmm.virtio.devices.net",
     "VcpuStatistics": "avmm.machine.vcpu.thread",
     "VhostUserServer": "avmm.vhost_user.server",
@@ -112,9 +120,12 @@ __all__ = [
     "HomeStatistics",
     "HostError",
     "LinkChanged",
+    "LinkStatistics",
     "MachineStatistics",
     "MicroVM",
+    "Nic",
     "Paused",
+    "Port",
     "PythonDevice",
     "QueueStatistics",
     "Resumed",
@@ -125,6 +136,8 @@ __all__ = [
     "Started",
     "State",
     "StopRequested",
+    "Switch",
+    "SwitchPort",
     "Tap",
     "VcpuStatistics",
     "VhostUserServer",

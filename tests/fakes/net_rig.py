@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 
 from avmm.hostnet.tap import HostTap, TapSettings
 from avmm.virtio.devices.net import RX, TX, NetDevice, Tap
+from avmm.virtio.devices.nic import Nic
+from avmm.virtio.devices.nic import build as build_nic
 from avmm.virtio.devtype import DeviceContext
 from fakes.driver_queue import DriverQueue, Segment
 from fakes.mmio_driver import readable
@@ -61,6 +64,46 @@ class FakeTap(HostTap):
         """The next packet that the guest sent, without its header."""
         await readable(self.wires[pair].fileno())
         return self.wires[pair].recv(70_000)[12:]
+
+
+@dataclass
+class NicRig:
+    """A started device of a Nic, and its driver's receive buffers."""
+
+    rig: Rig[NetDevice]
+    buffers: dict[int, int] = field(default_factory=dict)
+
+    def offer_rx(self, count: int, size_bytes: int = 2048) -> None:
+        for at in range(count):
+            gpa = RX_GPA + at * size_bytes
+            head = self.rig.driver.queues[RX].offer(Segment(gpa, size_bytes, writable=True))
+            self.buffers[head] = gpa
+        self.rig.driver.kick(RX)
+
+    def send(self, *frames: bytes, header: bytes = HEADER) -> None:
+        gpa = TX_GPA
+        for frame in frames:
+            self.rig.memory.write(gpa, header + frame)
+            self.rig.driver.queues[TX].offer(Segment(gpa, len(header) + len(frame)))
+            gpa += (len(header) + len(frame) + 7) & ~7
+        self.rig.driver.kick(TX)
+
+    async def received(self, count: int = 1) -> list[bytes]:
+        """Headers and frames, each of which fits in one buffer."""
+        used = await self.rig.driver.used(RX, count)
+        return [self.rig.memory.read(self.buffers[head], written) for head, written in used]
+
+
+@asynccontextmanager
+async def nic_rig(
+    nic: Nic, io_threads: int = 0, accept: int | None = None, *, size: int = 64, start: bool = True
+) -> AsyncIterator[NicRig]:
+    """accept, size: as MmioDriver.start()."""
+    async with virtio_rig(functools.partial(build_nic, nic), io_threads=io_threads) as rig:
+        if start:
+            await rig.driver.start(accept, size=size)
+        yield NicRig(rig)
+        assert rig.errors == []
 
 
 @dataclass

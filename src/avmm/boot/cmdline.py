@@ -33,4 +33,10 @@ def guest_address(guest: str, host: str, device: str) -> str:
     guest: an address without a prefix; host: the host's end with its prefix, the gateway.
     """
     interface = ipaddress.IPv4Interface(host)
-    return f"ip={guest}::{interface.ip}:{interface.netmask}::{device}:off"
+    return network_address(f"{guest}/{interface.network.prefixlen}", str(interface.ip), device)
+
+
+def network_address(address: str, gateway: str | None, device: str) -> str:
+    """The `ip=` parameter that gives `device` an address with its prefix, and maybe a gateway."""
+    interface = ipaddress.IPv4Interface(address)
+    return f"ip={interface.ip}::{gateway or ''}:{interface.netmask}::{device}:off"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from avmm.errors import ConfigError, HostError
 from avmm.hostnet.names import parse_host
 from avmm.hostnet.netlink import Netlink, with_netlink
+from avmm.native import CData, ffi
 
 TUN_PATH = "/dev/net/tun"
 VNET_HEADER_BYTES = 12
@@ -76,6 +77,7 @@ class HostTap:
     ) -> None:
         self.name = settings.name
         self.fds = list(fds)
+        self.end: CData = ffi.NULL
         self._attached = [True] * len(self.fds)
         self.mtu = mtu
         self.uso = uso
@@ -89,6 +91,9 @@ class HostTap:
             fcntl.ioctl(self.fds[0], _TUNSETOFFLOAD, flags)
         except OSError as e:
             raise HostError("tap", op="TUNSETOFFLOAD", path=self.name, errno=e.errno) from e
+
+    def set_driver(self, present: bool) -> None:
+        """Nothing: what comes waits for the guest's driver, as long as there is room."""
 
     def set_queues(self, attached: Sequence[bool]) -> None:
         """Which queues the host may choose for a packet; those that are not named are not, and

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
-from avmm.boot.cmdline import guest_address
+from avmm.boot.cmdline import guest_address, network_address
 from avmm.config import Checked, convert, parse_option, read_file
 from avmm.console.console import SCROLLBACK_BYTES, check_scrollback
 from avmm.errors import ConfigError
@@ -19,6 +19,7 @@ from avmm.units import MIB, PAGE_BYTES, format_size, parse_size
 from avmm.virtio.devices.blk import Disk
 from avmm.virtio.devices.blk_source import AsyncDisk
 from avmm.virtio.devices.net import Tap
+from avmm.virtio.devices.nic import Nic
 from avmm.virtio.devices.rng import Rng
 from avmm.virtio.devices.vsock import Vsock
 from avmm.virtio.features import RING_DEFAULT, RingLayout
@@ -28,7 +29,7 @@ _MEMORY_MIN_BYTES = 2 * MIB
 _IO_THREADS_MAX = 64
 _IO_POLL_MAX_US = 1_000_000
 
-DeviceConfig = Disk | AsyncDisk | Tap | Rng | Vsock | PythonDevice
+DeviceConfig = Disk | AsyncDisk | Tap | Nic | Rng | Vsock | PythonDevice
 
 DEVICE_STRUCTS: dict[str, type[Disk | Tap | Rng | Vsock]] = {
     "disks": Disk,
@@ -59,9 +60,10 @@ class Config(Checked, frozen=True, kw_only=True):
     disks: Annotated[list[Disk | AsyncDisk], _meta("disks, in the order of /dev/vda, vdb, ...")] = (
         msgspec.field(default_factory=list)
     )
-    nets: Annotated[list[Tap], _meta("network interfaces, each on a TAP of the host")] = (
-        msgspec.field(default_factory=list)
-    )
+    nets: Annotated[
+        list[Tap | Nic],
+        _meta("network interfaces, each on a TAP of the host or in Python"),
+    ] = msgspec.field(default_factory=list)
     rng: Annotated[bool | Rng, _meta("give the guest a source of random bytes")] = False
     vsock: Annotated[
         bool | Vsock | None, _meta("sockets between programs of the guest and of the host")
@@ -141,7 +143,11 @@ class Config(Checked, frozen=True, kw_only=True):
         """The command line with an ip= parameter for each NIC that asks for an address."""
         words = [self.cmdline]
         for index, net in enumerate(self.nets):
-            if net.guest is not None and net.host is not None:
+            if net.guest is None:
+                continue
+            if isinstance(net, Nic):
+                words.append(network_address(net.guest, net.gateway, f"eth{index}"))
+            elif net.host is not None:
                 words.append(guest_address(net.guest, net.host, f"eth{index}"))
         return " ".join(word for word in words if word)
 
@@ -180,7 +186,8 @@ class Config(Checked, frozen=True, kw_only=True):
         for index, device in enumerate(self.devices):
             check_device(device, f"devices[{index}]")
         _refuse_twice("id", [id for id, _ in self.all_devices()], "device id")
-        _refuse_twice("tap", [net.name for net in self.nets], "TAP")
+        _refuse_twice("tap", [net.name for net in self.nets if isinstance(net, Tap)], "TAP")
+        _refuse_twice("nic", [repr(net) for net in self.nets if isinstance(net, Nic)], "NIC")
         files = [disk for disk in self.disks if isinstance(disk, Disk)]
         writers = {os.path.realpath(d.path) for d in files if not d.read_only}
         paths = [os.path.realpath(d.path) for d in files]

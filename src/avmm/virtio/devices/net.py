@@ -8,15 +8,22 @@ import logging
 import os
 import struct
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Protocol
 
 import msgspec
 
 from avmm.config import Checked
 from avmm.errors import ConfigError, GuestFault, HostError
 from avmm.hostnet import tap as host_tap
-from avmm.hostnet.names import check_guest, check_interface_name, check_mtu, parse_host, parse_mac
-from avmm.hostnet.tap import HostTap, TapSettings, open_tap
+from avmm.hostnet.names import (
+    check_guest,
+    check_interface_name,
+    check_mtu,
+    parse_host,
+    parse_mac,
+    random_mac,
+)
+from avmm.hostnet.tap import TapSettings, open_tap
 from avmm.virtio import features
 from avmm.virtio.chain import ChainQueue
 from avmm.virtio.device import VirtioDevice
@@ -35,7 +42,7 @@ from avmm.virtio.devices.net_control import (
     parse,
 )
 from avmm.virtio.devices.net_filter import ReceiveFilter
-from avmm.virtio.devices.net_pairs import NativePairs, Pairs
+from avmm.virtio.devices.net_pairs import HostLink, NativePairs, Pairs
 from avmm.virtio.devices.net_vhost import VhostPairs
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import HomeChoice
@@ -129,10 +136,26 @@ class Tap(Checked, frozen=True):
         check_queue_size(self.queue_size, what)
 
 
-class NetDevice(VirtioDevice):
-    """One NIC. The pairs' datapath belongs to the context's stack, and so does the TAP."""
+class NetConfig(Protocol):
+    """What of a NIC's configuration concerns the device itself; see Tap."""
 
-    def __init__(self, config: Tap, tap: HostTap, context: DeviceContext) -> None:
+    @property
+    def mac(self) -> str | None: ...
+    @property
+    def mtu(self) -> int | None: ...
+    @property
+    def queue_size(self) -> int: ...
+    @property
+    def vhost(self) -> bool: ...
+    @property
+    def home(self) -> HomeChoice: ...
+
+
+class NetDevice(VirtioDevice):
+    """One NIC. The pairs' datapath belongs to the context's stack, and so does what it is plugged
+    into: a TAP, or what stands in its place."""
+
+    def __init__(self, config: NetConfig, tap: HostLink, context: DeviceContext) -> None:
         offered = features.NET_MAC | features.NET_STATUS | features.NET_MRG_RXBUF
         offered |= _HOST_OFFLOADS | _GUEST_OFFLOADS | CONTROL_FEATURES | features.IN_ORDER
         if tap.uso:
@@ -145,7 +168,7 @@ class NetDevice(VirtioDevice):
         sizes = (config.queue_size,) * (2 * self._pairs_max) + (CONTROL_QUEUE_SIZE,)
         super().__init__(NET, context, offered=offered, queue_sizes=sizes)
         self.tap = tap
-        self._own_mac = parse_mac(config.mac, f"Net {tap.name}") if config.mac else _random_mac()
+        self._own_mac = parse_mac(config.mac or random_mac(), f"Net {tap.name}")
         self.mac = self._own_mac
         self._mtu = config.mtu
         self._link_up = True
@@ -171,6 +194,7 @@ class NetDevice(VirtioDevice):
         self._pairs.activate(negotiated)
         with self._outlive_the_tap():
             self.tap.set_offload(_tun_offloads(negotiated))
+        self.tap.set_driver(True)
 
     def on_resume(self) -> None:
         """The pairs that the driver uses get packets, and work."""
@@ -196,6 +220,7 @@ class NetDevice(VirtioDevice):
         self.mac = self._own_mac
         self._announcing = False
         self.set_config(self._config(), notify=False)
+        self.tap.set_driver(False)
         with self._outlive_the_tap():
             self.tap.set_queues([True])
 
@@ -331,11 +356,6 @@ def _tun_offloads(bits: int) -> int:
     if bits & features.NET_GUEST_USO != features.NET_GUEST_USO:
         bits &= ~features.NET_GUEST_USO
     return sum(flag for bit, flag in _TUN_OFFLOADS.items() if bits & bit)
-
-
-def _random_mac() -> bytes:
-    """Locally administered, unicast."""
-    return bytes([0x02]) + os.urandom(5)
 
 
 async def build(config: Tap, context: DeviceContext) -> NetDevice:

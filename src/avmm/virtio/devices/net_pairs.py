@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from avmm.errors import HostError
-from avmm.hostnet.tap import HostTap
 from avmm.native import CData, ffi, lib
 from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
@@ -21,6 +20,35 @@ COUNTERS = (
     *("rx_packets", "rx_bytes", "rx_dropped", "rx_filtered", "rx_copied"),
     *("tx_packets", "tx_bytes", "tx_dropped"),
 )
+
+
+class HostLink(Protocol):
+    """What a network device is plugged into: a TAP, or a cable in memory. Loop."""
+
+    name: str
+    fds: list[int]
+    """One for each queue pair."""
+    end: CData
+    """The cable's; NULL: packets are read and written by `fds`."""
+    mtu: int
+    uso: bool
+    """Whether it knows UDP segmentation offload."""
+
+    def set_offload(self, flags: int) -> None:
+        """OFFLOAD_* of `hostnet.tap` that the driver takes."""
+        ...
+
+    def set_queues(self, attached: Sequence[bool]) -> None:
+        """Which of `fds` may get packets."""
+        ...
+
+    def set_carrier(self, up: bool) -> None:
+        """Whether the other end sees a carrier."""
+        ...
+
+    def set_driver(self, present: bool) -> None:
+        """Whether there is a driver to take packets."""
+        ...
 
 
 class Pairs(Protocol):
@@ -68,7 +96,7 @@ class NativePairs:
     withheld = 0
 
     def __init__(
-        self, device: VirtioDevice, tap: HostTap, queues: Sequence[Queue], choice: HomeChoice
+        self, device: VirtioDevice, tap: HostLink, queues: Sequence[Queue], choice: HomeChoice
     ) -> None:
         self._tap = tap
         self._natives: list[CData] = []
@@ -76,12 +104,12 @@ class NativePairs:
         for fd, rx, tx in zip(tap.fds, queues[::2], queues[1::2], strict=True):
             home = device.context.homes.pick(choice)
             error = ffi.new("int *")
-            native = lib.av_net_create(home.native, fd, rx.ring, tx.ring, error)
+            native = lib.av_net_create(home.native, fd, tap.end, rx.ring, tx.ring, error)
             if not native:
                 raise HostError("memory", op=f"Net {tap.name}", errno=error[0])
             device.context.stack.callback(self._destroy, native)
             self._natives.append(native)
-            lane = device.add_lane(lib.av_net_lane(native), home, (rx, tx), f"TAP {tap.name}")
+            lane = device.add_lane(lib.av_net_lane(native), home, (rx, tx), tap.name)
             self._lanes.append(lane)
 
     def activate(self, negotiated: int) -> None:

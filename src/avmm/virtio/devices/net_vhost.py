@@ -9,12 +9,12 @@ import select
 from collections.abc import Sequence
 
 from avmm.errors import GuestFault, HostError
-from avmm.hostnet.tap import HostTap
 from avmm.hostnet.vhost import NO_FD, VhostNet, VhostRing
 from avmm.native import ffi, lib
 from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devices.net_filter import ReceiveFilter
+from avmm.virtio.devices.net_pairs import HostLink
 from avmm.virtio.home import HomeChoice, Lane
 from avmm.virtio.queue import Queue
 
@@ -30,7 +30,7 @@ class VhostPairs:
     own vectors; on virtio-mmio a lane adds the status bit."""
 
     def __init__(
-        self, device: VirtioDevice, tap: HostTap, queues: Sequence[Queue], choice: HomeChoice
+        self, device: VirtioDevice, tap: HostLink, queues: Sequence[Queue], choice: HomeChoice
     ) -> None:
         self._device = device
         self._tap = tap
