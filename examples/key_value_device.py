@@ -1,6 +1,6 @@
 """A device of one's own: a key-value store that guests call over a virtqueue.
 
-    python examples/key_value_device.py KERNEL [INITRD]
+Usage: python examples/key_value_device.py KERNEL [INITRD]
 
 A request is `SET key value`, `GET key` or `DEL key`; the answer is `OK`, `= value` or `NONE`.
 """
@@ -30,8 +30,8 @@ class KeyValue(avmm.PythonDevice):
                 self.store[key] = value
                 chain.write(b"OK")
             case b"GET", [key]:
-                value = self.store.get(key)
-                chain.write(b"NONE" if value is None else b"= " + value)
+                found = self.store.get(key)
+                chain.write(b"NONE" if found is None else b"= " + found)
             case b"DEL", [key]:
                 chain.write(b"NONE" if self.store.pop(key, None) is None else b"OK")
             case _:
@@ -48,7 +48,9 @@ async def main(kernel: str, initrd: str | None = None) -> None:
     device.store[b"greeting"] = b"hello from the host"
     config = avmm.Config(kernel=kernel, initrd=initrd, devices=[device])
     async with avmm.MicroVM(config) as vm:
-        vm.console.add_sink(lambda data: print(data.decode(errors="replace"), end="", flush=True))
+        reader, _ = vm.console.open()
+        while text := await reader.read(4096):
+            print(text.decode(errors="replace"), end="", flush=True)
         print(await vm.wait(), device.store)
 
 

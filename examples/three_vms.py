@@ -1,6 +1,6 @@
 """Three microVMs and a host in Python on one switch in this process: no TAP, no root.
 
-    python three_vms.py KERNEL INITRD
+Usage: python examples/three_vms.py KERNEL INITRD
 
 The initial RAM disk must give a shell on the console, and understand the kernel's ip= (or set up
 eth0 by itself). Each guest pings the Python host and sends a megabyte over TCP to the next guest;

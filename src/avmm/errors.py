@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from errno import EMFILE, ENFILE
 
 
 class AvmmError(Exception):
@@ -15,6 +16,14 @@ class AvmmError(Exception):
 
 class ConfigError(AvmmError):
     """The user asked for something that cannot be (HTTP 400, exit code 2)."""
+
+
+_REMEDIES = {
+    # A microVM takes 9 and some for each device, so programs with many meet this first.
+    EMFILE: "too many for this process: raise `ulimit -n`, RLIMIT_NOFILE",
+    ENFILE: "too many for this host: raise fs.file-max",
+}
+"""For what can happen to any operation, and then comes before its own."""
 
 
 class HostError(AvmmError):
@@ -33,6 +42,7 @@ class HostError(AvmmError):
         path: str | None = None,
         remedy: str | None = None,
     ) -> None:
+        remedy = _REMEDIES.get(errno or 0, remedy)
         message = f"{op} {path}" if path else op
         if errno is not None:
             message += f": {os.strerror(errno)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from pathlib import Path
@@ -184,6 +186,35 @@ async def test_start_that_fails_at_each_of_its_calls_to_kvm(
     await microvm.close()
     assert "KVM_SET_REGS" in calls
     assert len(calls) == refuse
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+async def test_start_that_meets_the_limit_of_open_files_says_so(
+    config: Callable[..., avmm.Config], transport: str
+) -> None:
+    """At each of the descriptors that a microVM needs."""
+    machine = config(SPIN, transport=transport, io_threads=1)
+    before, limits = Holdings.now(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = {int(fd) for fd in os.listdir("/proc/self/fd")}
+    messages: list[str] = []
+    free = [fd for fd in range(MOST) if fd not in taken]
+    for more in range(MOST):
+        vm = avmm.MicroVM(machine)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[more], limits[1]))
+        try:
+            await vm.start()
+        except (HostError, avmm.ConfigError) as e:  # of the host, or of a file that is named
+            messages.append(str(e))
+        else:
+            break
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert Holdings.now().beyond(before) == {}, f"with {more} descriptors"
+    await vm.close()
+    assert len(messages) > 10
+    assert [text for text in messages if "Too many open files" not in text] == []
+    assert [text for text in messages if "ulimit -n" not in text and "Kernel" not in text] == []
 
 
 async def test_cancelled_twice_the_end_still_comes(config: Callable[..., avmm.Config]) -> None:

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "avmm"
 
 FLOORS = (
     ("errors", "units", "log", "config", "metrics", "frozen"),
-    ("native", "loop", "unixsocket", "kvm", "mem"),
+    ("native", "loop", "eventfd", "unixsocket", "kvm", "mem"),
     ("bus", "pci", "legacy", "boot", "block", "hostnet", "vsock", "console"),
     ("virtio",),
     ("machine", "vhost_user"),

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from avmm.errors import HostError
+from avmm.eventfd import new_eventfd
 from avmm.native import CData, ffi, lib
 
 _TAKE_BYTES = 65536
@@ -30,7 +31,7 @@ class Serial16550:
     """
 
     def __init__(self, irq_fd: int) -> None:
-        self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.event_fd = new_eventfd()
         self.native: CData = lib.av_uart_create(irq_fd, self.event_fd)
         if not self.native:
             os.close(self.event_fd)

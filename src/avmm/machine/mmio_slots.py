@@ -7,8 +7,8 @@ from contextlib import AsyncExitStack
 
 from avmm.boot.acpi.tables import AcpiMmioDevice
 from avmm.bus.bus import Bus
+from avmm.eventfd import owned_eventfd
 from avmm.kvm.vm import Vm
-from avmm.machine.eventfd import owned_eventfd
 from avmm.machine.slots import Slot
 from avmm.mem import layout
 from avmm.native import CData, lib

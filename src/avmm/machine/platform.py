@@ -7,13 +7,13 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from avmm.bus.bus import Bus
+from avmm.eventfd import owned_eventfd
 from avmm.kvm.vm import Vm
 from avmm.legacy.acpi_pm import AcpiPm
 from avmm.legacy.i8042 import I8042
 from avmm.legacy.pvpanic import Pvpanic
 from avmm.legacy.rtc_cmos import RtcCmos
 from avmm.legacy.serial16550 import Serial16550
-from avmm.machine.eventfd import owned_eventfd
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.mem import layout
 

@@ -12,6 +12,7 @@ from typing import Protocol
 from avmm.bus.region import Call
 from avmm.bus.registers import Registers
 from avmm.errors import HostError
+from avmm.eventfd import new_eventfd
 from avmm.pci.function import Bar, Function
 
 CAPABILITY_ID = 0x11
@@ -95,7 +96,7 @@ class Msix:
         self._vectors: list[_Vector] = []
         try:
             for _ in range(vectors):
-                self._vectors.append(_Vector(_eventfd(), messages.new_gsi()))
+                self._vectors.append(_Vector(new_eventfd(), messages.new_gsi()))
         except BaseException:
             self.close()
             raise
@@ -221,11 +222,3 @@ class Msix:
         if vector.connected:
             self._messages.disconnect(vector.fd, vector.gsi)
             vector.connected = False
-
-
-def _eventfd() -> int:
-    try:
-        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    except OSError as e:
-        remedy = "each queue has a vector; give it fewer queues, or raise `ulimit -n`"
-        raise HostError("descriptors", op="eventfd", errno=e.errno, remedy=remedy) from e

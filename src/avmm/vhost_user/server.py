@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from avmm.errors import BugError, ConfigError, GuestFault, HostError
+from avmm.eventfd import owned_eventfd
 from avmm.machine.config import check_io
-from avmm.machine.eventfd import owned_eventfd
 from avmm.machine.lifecycle import uninterrupted
 from avmm.unixsocket import Listener
 from avmm.vhost_user.channel import Channel, readable

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from avmm.errors import ConfigError, GuestFault, HostError
+from avmm.eventfd import new_eventfd
 from avmm.mem.guest import GuestMemory
 from avmm.native import CData, ffi, lib
 from avmm.virtio.features import RING_PACKED
@@ -56,7 +57,7 @@ class Queue:
         self.max_size = max_size
         self.interrupt = interrupt
         self.inflight: CData = ffi.NULL
-        self._own_kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._own_kick_fd = new_eventfd()
         self.kick_fd = self._own_kick_fd
         self.ring: CData = lib.av_vring_create(memory.native, interrupt.native)
         if not self.ring:

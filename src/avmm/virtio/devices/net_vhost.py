@@ -9,6 +9,7 @@ import select
 from collections.abc import Sequence
 
 from avmm.errors import GuestFault, HostError
+from avmm.eventfd import owned_eventfd
 from avmm.hostnet.vhost import NO_FD, VhostNet, VhostRing
 from avmm.native import ffi, lib
 from avmm.virtio import features
@@ -49,7 +50,7 @@ class VhostPairs:
             vhost.set_memory(table)
             self._vhosts.append(vhost)
         self.withheld = (_RING_FEATURES & ~self._vhosts[0].features) | _FILTERS
-        self._error_fd = _eventfd(device)
+        self._error_fd = owned_eventfd(device.context.stack)
         self._gone = select.epoll()
         stack.callback(self._gone.close)
         self._gone.register(tap.fds[0], 0)  # errors only: nobody here reads packets
@@ -149,7 +150,7 @@ class VhostPairs:
     def _add_relay(self, choice: HomeChoice) -> None:
         device = self._device
         home = device.context.homes.pick(choice)
-        self._relay_fd = _eventfd(device)
+        self._relay_fd = owned_eventfd(device.context.stack)
         error = ffi.new("int *")
         interrupt = device.interrupts.config.native
         native = lib.av_relay_create(home.native, self._relay_fd, interrupt, error)
@@ -157,9 +158,3 @@ class VhostPairs:
             raise HostError("memory", op="Interrupt relay", errno=error[0])
         device.context.stack.callback(lib.av_relay_destroy, native)
         self._relay = device.add_lane(lib.av_relay_lane(native), home, (), "Interrupt relay")
-
-
-def _eventfd(device: VirtioDevice) -> int:
-    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    device.context.stack.callback(os.close, fd)
-    return fd
