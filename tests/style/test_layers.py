@@ -17,7 +17,7 @@ FLOORS = (
     ("virtio",),
     ("machine", "vhost_user"),
     ("snapshot",),
-    ("api", "cli", "jailer", "fleet", "bench"),
+    ("api", "cli", "jailer", "fleet", "bench", "pytest_plugin"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
