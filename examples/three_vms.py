@@ -35,6 +35,8 @@ async def main(kernel: str, initrd: str, capture: str = "three_vms.pcap") -> lis
             received = await run_guests(kernel, initrd, nics)
             answering.cancel()
         print(switch.statistics())
+    if received != [MEGABYTE] * GUESTS:
+        raise RuntimeError(f"the guests received {received} bytes")
     return received
 
 

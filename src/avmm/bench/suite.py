@@ -67,6 +67,7 @@ class Suite:
 SUITES: tuple[Suite, ...] = (
     Suite("blk-native", "blk", "native", "avmm.bench.blk_native"),
     Suite("net-native", "net", "native", "avmm.bench.net_native"),
+    Suite("net-switch", "net", "native", "avmm.bench.net_switch"),
     Suite("blk-guest", "blk", "guest", "avmm.bench.guest.blk"),
     Suite("net-guest", "net", "guest", "avmm.bench.guest.net"),
     Suite("exits", "exits", "native", "avmm.bench.exits"),
