@@ -42,16 +42,17 @@ class KeyValue(avmm.PythonDevice):
         return {"keys": len(self.store)}
 
 
-async def main(kernel: str, initrd: str | None = None) -> None:
-    """Run a guest that has the device."""
+async def main(kernel: str, initrd: str | None = None) -> dict[bytes, bytes]:
+    """Run a guest that has the device; what is in the store afterwards."""
     device = KeyValue()
     device.store[b"greeting"] = b"hello from the host"
     config = avmm.Config(kernel=kernel, initrd=initrd, devices=[device])
     async with avmm.MicroVM(config) as vm:
         reader, _ = vm.console.open()
-        while text := await reader.read(4096):
-            print(text.decode(errors="replace"), end="", flush=True)
-        print(await vm.wait(), device.store)
+        while data := await reader.read(4096):
+            print(data.decode(errors="replace"), end="", flush=True)
+        print(f"\n{await vm.wait()}; {vm.statistics().devices['keyvalue0'].counters}")
+    return device.store
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import pytest
 
 import avmm
-from avmm.block.objects import RamDisk
+from avmm.block.objects import HttpDisk, RamDisk
 from avmm.mem import layout
 from avmm.pci import function as header
 from avmm.virtio.transport import pci, pci_common
+from fakes.web_server import WebServer
 
 Assemble = Callable[[str], Path]
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "key_value_device.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 SPACE = layout.PCI_ECAM + (1 << 15)
 BAR = layout.PCI_MEMORY
@@ -90,14 +92,19 @@ def texts(**of: str) -> str:
     return "\n".join(lines)
 
 
-@pytest.fixture
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location("key_value_device", EXAMPLE)
+def load(name: str) -> Any:
+    """An example, as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def example() -> Any:
+    return load("key_value_device")
 
 
 def config(kernel: Path, **more: Any) -> avmm.Config:
@@ -139,6 +146,22 @@ async def test_a_guest_calls_the_key_value_device(tiny_guest: Assemble, example:
     assert statistics.queues[0].used == 3
 
 
+async def test_the_example_runs_as_a_program_does(
+    tiny_guest: Assemble, example: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = (
+        DRIVER
+        + request(0, "host")
+        + answer(0, 0x310000)
+        + request(2, "del")
+        + answer(2, 0x310100)
+        + "offer 0\noffer 2\nawait_all\nprint_answer 0x310000\npoweroff\n"
+        + texts(host="SET a b c", **{"del": "DEL greeting"})
+    )
+    assert await example.main(str(tiny_guest(body))) == {b"a": b"b c"}
+    assert "OK\n" in capsys.readouterr().out
+
+
 async def test_what_is_no_request_is_the_guests_fault(tiny_guest: Assemble, example: Any) -> None:
     body = (
         DRIVER
@@ -161,14 +184,14 @@ async def test_what_is_no_request_is_the_guests_fault(tiny_guest: Assemble, exam
         assert vm.statistics().devices["keyvalue0"].last_fault == "key-value"
 
 
-async def test_a_guest_reads_and_writes_a_disk_written_in_python(tiny_guest: Assemble) -> None:
-    body = (
-        DRIVER
-        + "descriptor 0, read, 16, 1, 1\ndescriptor 1, 0x320000, 512, 3, 2\n"
-        + "descriptor 2, 0x330000, 1, 2, 0\n"
-        + "descriptor 3, write, 16, 1, 4\ndescriptor 4, 0x320000, 512, 1, 5\n"
-        + "descriptor 5, 0x330001, 1, 2, 0\n"
-        + """
+# Reads sector 2, writes it to sector 7, prints it.
+COPIER = (
+    DRIVER
+    + "descriptor 0, read, 16, 1, 1\ndescriptor 1, 0x320000, 512, 3, 2\n"
+    + "descriptor 2, 0x330000, 1, 2, 0\n"
+    + "descriptor 3, write, 16, 1, 4\ndescriptor 4, 0x320000, 512, 1, 5\n"
+    + "descriptor 5, 0x330001, 1, 2, 0\n"
+    + """
     movw $0xffff, 0x330000
     offer 0
     await_all
@@ -187,12 +210,40 @@ read:  .long 0, 0
 write: .long 1, 0
     .quad 7
 """
-    )
+)
+
+
+async def test_a_guest_reads_and_writes_a_disk_written_in_python(tiny_guest: Assemble) -> None:
     disk = RamDisk(4096, bytes(1024) + b"read by a guest")
-    async with avmm.MicroVM(config(tiny_guest(body), disks=[avmm.AsyncDisk(disk)])) as vm:
+    async with avmm.MicroVM(config(tiny_guest(COPIER), disks=[avmm.AsyncDisk(disk)])) as vm:
         assert (await vm.wait()).kind is avmm.ExitKind.POWEROFF
         assert vm.console.scrollback == b"read by a guest"
     assert disk.content[7 * 512 : 7 * 512 + 15] == b"read by a guest"
+
+
+async def test_a_guest_has_a_disk_from_the_web_and_keeps_its_writes(
+    tiny_guest: Assemble, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = WebServer(bytes(1024) + b"from the web".ljust(7 * 1024, b"\0"))
+    async with server.running() as url:
+        reason = await load("disk_from_the_web").main(str(tiny_guest(COPIER)), None, url)
+    assert reason.kind is avmm.ExitKind.POWEROFF
+    printed = capsys.readouterr().out
+    assert "from the web" in printed
+    assert "1 pages written" in printed
+
+
+async def test_the_disk_from_the_web_is_the_file_with_the_writes_in_it() -> None:
+    module = load("disk_from_the_web")
+    model = bytearray(os.urandom(10 * 4096 + 512))
+    async with WebServer(bytes(model)).running() as url, HttpDisk(url) as base:
+        disk = module.KeepsWrites(base)
+        for begin, size in ((512, 512), (4096, 4096), (8000 // 512 * 512, 9216), (40960, 512)):
+            data = os.urandom(size)
+            await disk.write(begin, data)
+            model[begin : begin + size] = data
+            assert await disk.read(0, disk.size) == model
+            assert await disk.read(begin, size) == data
 
 
 async def test_a_machine_ends_though_a_device_hangs(tiny_guest: Assemble) -> None:

@@ -42,6 +42,7 @@ class Workers(Generic[T]):
         self._tasks: set[asyncio.Task[None]] = set()
         self._spare: asyncio.Task[None] | None = None  # about to look at what waits
         self._abandoned: set[asyncio.Task[None]] = set()
+        self._cancelling = 0
         self._rested = asyncio.Event()
 
     @property
@@ -78,7 +79,11 @@ class Workers(Generic[T]):
             task.cancel()
         if not tasks:
             return
-        await asyncio.wait(tasks, timeout=timeout_s)
+        self._cancelling += 1
+        try:
+            await asyncio.wait(tasks, timeout=timeout_s)
+        finally:
+            self._cancelling -= 1
         for task in tasks & self._busy.keys():
             log.error("%s: a request goes on after it was cancelled; it is given up", self._name)
             self._abandoned.add(task)
@@ -111,7 +116,8 @@ class Workers(Generic[T]):
                 if waiting and self._spare is None:
                     self._call_spare()
                 await perform(item)
-                if busy.pop(task, None) is None:  # abandoned
+                # Abandoned; or cancelled, and the coroutine has kept that to itself.
+                if busy.pop(task, None) is None or self._cancelling:
                     return
             self._tell_rested()
             if len(self._idle) >= _IDLE_MAX:

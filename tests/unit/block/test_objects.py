@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
-import re
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from avmm.block.objects.overlay import CLUSTER_BYTES
 from avmm.block.source import check_source, read_from, write_to
 from avmm.errors import ConfigError, HostError
 from avmm.units import KIB, MIB
+from fakes.web_server import WebServer
 
 SIZE = 1 * MIB + 512
 
@@ -196,77 +193,12 @@ async def test_a_cancelled_call_ends_when_its_thread_does(
         assert task.cancelled()
 
 
-class Server:
-    """A web server of one file, that knows ranges; asked: the ranges it was asked for."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.etag = '"1"'
-        self.ranges = True
-        self.close_after = False
-        self.cut = False
-        self.gate: asyncio.Event | None = None
-        self.asked: list[tuple[int, int]] = []
-        self.connections = 0
-        self._writers: set[asyncio.StreamWriter] = set()
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[str]:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        try:
-            port = server.sockets[0].getsockname()[1]
-            yield f"http://127.0.0.1:{port}/disk.img"
-        finally:
-            server.close()
-            self.hang_up()
-            await server.wait_closed()
-
-    def hang_up(self) -> None:
-        for writer in self._writers:
-            writer.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        self._writers.add(writer)
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                if self.gate is not None:
-                    await self.gate.wait()
-                writer.write(self._answer(head.decode()))
-                await writer.drain()
-                if self.close_after:
-                    break
-        self._writers.discard(writer)
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-
-    def _answer(self, head: str) -> bytes:
-        found = re.search(r"^Range: bytes=(\d+)-(\d+)\r$", head, re.MULTILINE)
-        assert found
-        begin, end = int(found[1]), int(found[2]) + 1
-        self.asked.append((begin, end - begin))
-        if not self.ranges:
-            return f"HTTP/1.1 200 OK\r\nContent-Length: {len(self.data)}\r\n\r\n".encode()
-        body = self.data[begin:end]
-        lines = [
-            "HTTP/1.1 206 Partial Content",
-            f"Content-Length: {len(body)}",
-            f"Content-Range: bytes {begin}-{end - 1}/{len(self.data)}",
-            f"ETag: {self.etag}",
-            "",
-            "",
-        ]
-        return "\r\n".join(lines).encode() + (body[:-1] if self.cut else body)
-
-
 @pytest.fixture
-def server() -> Server:
-    return Server(random.Random(2).randbytes(4 * BLOCK_BYTES + 512))
+def server() -> WebServer:
+    return WebServer(random.Random(2).randbytes(4 * BLOCK_BYTES + 512))
 
 
-async def test_an_http_disk_is_the_file_on_the_server(server: Server) -> None:
+async def test_an_http_disk_is_the_file_on_the_server(server: WebServer) -> None:
     async with server.running() as url, HttpDisk(url) as disk:
         check_source(disk, "http", read_only=True)
         assert disk.size == len(server.data)
@@ -278,14 +210,14 @@ async def test_an_http_disk_is_the_file_on_the_server(server: Server) -> None:
         assert statistics.bytes == disk.size
 
 
-async def test_the_cache_is_bounded_and_keeps_what_was_used_last(server: Server) -> None:
+async def test_the_cache_is_bounded_and_keeps_what_was_used_last(server: WebServer) -> None:
     async with server.running() as url, HttpDisk(url, cache_bytes=2 * BLOCK_BYTES) as disk:
         for index in (0, 1, 0, 2, 0, 1):
             await disk.read(index * BLOCK_BYTES, 512)
         assert [begin // BLOCK_BYTES for begin, _ in server.asked[1:]] == [0, 1, 2, 1]
 
 
-async def test_readers_of_one_block_ask_once_and_one_may_go(server: Server) -> None:
+async def test_readers_of_one_block_ask_once_and_one_may_go(server: WebServer) -> None:
     async with server.running() as url, HttpDisk(url) as disk:
         server.gate = asyncio.Event()
         readers = [asyncio.create_task(disk.read(512 * i, 512)) for i in range(8)]
@@ -301,7 +233,7 @@ async def test_readers_of_one_block_ask_once_and_one_may_go(server: Server) -> N
         assert len(server.asked) == 2
 
 
-async def test_a_connection_is_used_again_and_replaced_when_it_was_closed(server: Server) -> None:
+async def test_a_connection_is_used_again_and_replaced_when_closed(server: WebServer) -> None:
     async with server.running() as url, HttpDisk(url) as disk:
         await disk.read(0, 512)
         assert server.connections == 1
@@ -311,7 +243,7 @@ async def test_a_connection_is_used_again_and_replaced_when_it_was_closed(server
 
 
 @pytest.mark.parametrize("fault", ["etag", "cut", "status"])
-async def test_what_is_not_the_file_any_more_is_an_error(server: Server, fault: str) -> None:
+async def test_what_is_not_the_file_any_more_is_an_error(server: WebServer, fault: str) -> None:
     async with server.running() as url, HttpDisk(url) as disk:
         await disk.read(0, 512)
         if fault == "etag":
@@ -325,7 +257,7 @@ async def test_what_is_not_the_file_any_more_is_an_error(server: Server, fault: 
         assert await disk.read(0, 512) == server.data[:512], "from the cache"
 
 
-async def test_a_server_that_does_not_answer_is_given_up(server: Server) -> None:
+async def test_a_server_that_does_not_answer_is_given_up(server: WebServer) -> None:
     async with server.running() as url, HttpDisk(url, timeout_s=0.01) as disk:
         server.gate = asyncio.Event()
         with pytest.raises(TimeoutError):
@@ -343,7 +275,7 @@ def test_an_http_disk_needs_a_url(url: str, message: str) -> None:
 
 
 async def test_a_server_without_ranges_is_refused_and_none_is_a_hosts_error(
-    server: Server,
+    server: WebServer,
 ) -> None:
     server.ranges = False
     async with server.running() as url:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from avmm.block.objects.ram import RamDisk
+from avmm.block.objects import FaultRates, FaultyDisk, RamDisk
 from avmm.errors import ConfigError
 from avmm.units import KIB, MIB
 from avmm.virtio import features, workers
@@ -303,6 +304,32 @@ async def test_reset_cancels_and_is_complete_before_memory_is_used_again() -> No
         await rig.driver.start()
         assert rig.memory.read(DATA_GPA, 0x30000) == bytes(0x30000)
         assert await BlkDriver(rig).request(OUT, 8, b"x" * 512) == (OK, b"")
+
+
+async def test_resets_at_any_moment_leave_nothing_in_flight() -> None:
+    choice = random.Random(11)
+    rates = FaultRates(read_error=0.1, write_error=0.1, torn_write=0.1, delay=0.5, delay_s=0.001)
+    async with plugged(FaultyDisk(RamDisk(SIZE_BYTES), rates, seed=11)) as (rig, _):
+        for _ in range(12):
+            blk = BlkDriver(rig)
+            for _ in range(choice.randrange(1, 16)):
+                kind = choice.choice((IN, OUT, FLUSH))
+                data = bytes(4096) if kind == OUT else b""
+                blk.submit(kind, 8, data, read_bytes=4096 if kind == IN else 0)
+                if choice.random() < 0.7:
+                    blk.kick()
+                if choice.random() < 0.3:
+                    await asyncio.sleep(0)
+            for _ in range(choice.randrange(8)):
+                await asyncio.sleep(0)
+            await rig.driver.set_status(0)
+            assert rig.device._feed._workers.in_flight == 0
+            rig.memory.write(DATA_GPA, bytes(16 * 0x10000))
+            await rig.driver.start()
+            assert not any(rig.memory.read(DATA_GPA, 16 * 0x10000))
+        source = rig.device.disk.source
+        source.rates = FaultRates()
+        assert await BlkDriver(rig).request(OUT, 8, b"e" * 512) == (OK, b"")
 
 
 async def test_reset_ends_requests_of_many_operations_too() -> None:

@@ -211,6 +211,24 @@ async def test_the_end_cancels_what_is_under_way() -> None:
     assert device.cancelled == [b"stuck"]
 
 
+async def test_a_handler_that_keeps_its_cancellation_to_itself_ends_by_it() -> None:
+    class Polite(Gated):
+        async def handle(self, chain: Chain) -> None:
+            try:
+                await super().handle(chain)
+            except asyncio.CancelledError:
+                chain.write(b"goodbye")
+
+    device = Polite()
+    async with plugged(device) as (rig, requests):
+        requests.submit(b"stuck")
+        await eventually(lambda: device.begun == [b"stuck"])
+        async with asyncio.timeout(workers.CANCEL_S / 2):
+            await rig.driver.set_status(0)
+        assert rig.device._requests.in_flight == 0
+        assert not rig.device._requests._tasks
+
+
 async def test_a_handler_that_will_not_end_is_given_up(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import errno
 import logging
 import struct
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import msgspec
 
@@ -18,6 +18,11 @@ from avmm.virtio.devices.blk import BLK, BlkDevice, check_blk
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import HomeChoice
 from avmm.virtio.workers import Workers
+
+if TYPE_CHECKING:
+    Source = AnySource
+else:
+    Source = Any  # check_source() says better what is missing
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +47,7 @@ class AsyncDisk(Checked, frozen=True):
     Raises ConfigError("disk") when the object lacks something, naming it.
     """
 
-    source: Annotated[Any, msgspec.Meta(description="an object with async read, write, ...")]
+    source: Annotated[Source, msgspec.Meta(description="an object with async read, write, ...")]
     read_only: Annotated[
         bool, msgspec.Meta(description="the guest cannot write", extra={"option": "ro"})
     ] = False
