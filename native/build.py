@@ -23,6 +23,7 @@ MODULES = (
     "rng",
     "cable",
     "switch",
+    "stream",
     "blk",
     "blk_loop",
     "net",

@@ -40,8 +40,11 @@ if TYPE_CHECKING:
     from avmm.virtio.device import DeviceStatistics
     from avmm.virtio.devices.blk import Disk
     from avmm.virtio.devices.blk_source import AsyncDisk
+    from avmm.virtio.devices.console import VirtioConsole
     from avmm.virtio.devices.net import Tap
     from avmm.virtio.devices.nic import Nic
+    from avmm.virtio.devices.port import GuestPort
+    from avmm.virtio.devices.ports import Ports
     from avmm.virtio.devices.rng import Rng
     from avmm.virtio.devices.vsock import Vsock
     from avmm.virtio.home import HomeStatistics
@@ -69,6 +72,7 @@ _HOMES = {
     "ExitKind": "avmm.machine.reason",
     "ExitReason": "avmm.machine.reason",
     "GuestFault": "avmm.errors",
+    "GuestPort": "avmm.virtio.devices.port",
     "HomeStatistics": "avmm.virtio.home",
     "HostError": "avmm.errors",
     "LinkChanged": "avmm.machine.events",
@@ -78,6 +82,7 @@ _HOMES = {
     "Nic": "avmm.virtio.devices.nic",
     "Paused": "avmm.machine.events",
     "Port": "avmm.hostnet.switch",
+    "Ports": "avmm.virtio.devices.ports",
     "PythonDevice": "avmm.virtio.python_device",
     "QueueStatistics": "avmm.virtio.queue",
     "Resumed": "avmm.machine.events",
@@ -93,6 +98,7 @@ _HOMES = {
     "Tap": "avmm.virtio.devices.net",
     "VcpuStatistics": "avmm.machine.vcpu.thread",
     "VhostUserServer": "avmm.vhost_user.server",
+    "VirtioConsole": "avmm.virtio.devices.console",
     "Vsock": "avmm.virtio.devices.vsock",
 }
 
@@ -117,6 +123,7 @@ __all__ = [
     "ExitKind",
     "ExitReason",
     "GuestFault",
+    "GuestPort",
     "HomeStatistics",
     "HostError",
     "LinkChanged",
@@ -126,6 +133,7 @@ __all__ = [
     "Nic",
     "Paused",
     "Port",
+    "Ports",
     "PythonDevice",
     "QueueStatistics",
     "Resumed",
@@ -141,6 +149,7 @@ __all__ = [
     "Tap",
     "VcpuStatistics",
     "VhostUserServer",
+    "VirtioConsole",
     "Vsock",
     "__version__",
 ]

@@ -54,7 +54,7 @@ def field_description(struct: type[msgspec.Struct], name: str) -> str:
 
 def parse_option(text: str, struct: type[T], what: str) -> T:
     """A struct from "VALUE,key=value,flag": the first part may be the first field's bare value.
-    A flag may also be written flag=on or flag=off.
+    A flag may also be written flag=on or flag=off; a list has : between its parts.
 
     what: the option, for the ConfigError that names a bad part.
     """
@@ -64,11 +64,12 @@ def parse_option(text: str, struct: type[T], what: str) -> T:
         key, separator, value = part.partition("=")
         if separator and key in aliases:
             name: str = aliases[key]
-            values[name] = _SWITCH.get(value, value) if _is_flag(struct, name) else value
+            values[name] = _parsed(value, struct, name)
         elif part in aliases and _is_flag(struct, aliases[part]):
             values[aliases[part]] = True
         elif index == 0 and part:
-            values[struct.__struct_fields__[0]] = part
+            first = struct.__struct_fields__[0]
+            values[first] = _parsed(part, struct, first)
         else:
             raise ConfigError("option", f"{what} {text}: {_unknown(key, aliases)}")
     return convert_text(values, struct, f"{what} {text}")
@@ -120,6 +121,12 @@ def read_file(path: str) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.DecodeError) as e:
         raise ConfigError("config-file", f"Config file {path}: {e}") from e
     raise ConfigError("config-file", f"Config file {path}: its name must end in .toml or .json")
+
+
+def _parsed(value: str, struct: type[msgspec.Struct], name: str) -> Any:
+    if _is_flag(struct, name):
+        return _SWITCH.get(value, value)
+    return value.split(":") if get_type_hints(struct)[name] == list[str] else value
 
 
 def _is_flag(struct: type[msgspec.Struct], name: str) -> bool:

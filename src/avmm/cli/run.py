@@ -117,7 +117,7 @@ def _add_device_option(parser: argparse.ArgumentParser, name: str) -> None:
     struct = DEVICE_STRUCTS[name]
     device_type = struct.device_type
     keys = [field_hint(struct, f, "option") or f for f in struct.__struct_fields__]
-    several = name.endswith("s")
+    several = get_origin(get_type_hints(Config)[name]) is list
     parser.add_argument(
         device_type.flag,
         dest=name,

@@ -18,8 +18,10 @@ from avmm.mem.region import HUGE_PAGE_BYTES
 from avmm.units import MIB, PAGE_BYTES, format_size, parse_size
 from avmm.virtio.devices.blk import Disk
 from avmm.virtio.devices.blk_source import AsyncDisk
+from avmm.virtio.devices.console import VirtioConsole
 from avmm.virtio.devices.net import Tap
 from avmm.virtio.devices.nic import Nic
+from avmm.virtio.devices.ports import Ports
 from avmm.virtio.devices.rng import Rng
 from avmm.virtio.devices.vsock import Vsock
 from avmm.virtio.features import RING_DEFAULT, RingLayout
@@ -29,13 +31,15 @@ _MEMORY_MIN_BYTES = 2 * MIB
 _IO_THREADS_MAX = 64
 _IO_POLL_MAX_US = 1_000_000
 
-DeviceConfig = Disk | AsyncDisk | Tap | Nic | Rng | Vsock | PythonDevice
+DeviceConfig = Disk | AsyncDisk | Tap | Nic | Rng | Vsock | VirtioConsole | Ports | PythonDevice
 
-DEVICE_STRUCTS: dict[str, type[Disk | Tap | Rng | Vsock]] = {
+DEVICE_STRUCTS: dict[str, type[Disk | Tap | Rng | Vsock | VirtioConsole | Ports]] = {
     "disks": Disk,
     "nets": Tap,
     "rng": Rng,
     "vsock": Vsock,
+    "console": VirtioConsole,
+    "ports": Ports,
 }
 """The fields of Config that hold devices. A new kind of device is one more field and entry."""
 
@@ -72,6 +76,10 @@ class Config(Checked, frozen=True, kw_only=True):
         list[PythonDevice],
         msgspec.Meta(description="devices written in Python", extra={"python_only": True}),
     ] = msgspec.field(default_factory=list)
+    console: Annotated[
+        bool | VirtioConsole, _meta("give the guest a console on virtio, /dev/hvc0")
+    ] = False
+    ports: Annotated[Ports | None, _meta("byte streams to programs in the guest")] = None
     transport: Annotated[
         Literal["pci", "mmio"],
         _meta("how devices are attached: pci (fast, up to 31) or mmio (small, up to 15)"),
@@ -131,7 +139,8 @@ class Config(Checked, frozen=True, kw_only=True):
         rng = [self.rng if isinstance(self.rng, Rng) else Rng()] if self.rng else []
         vsock = [self.vsock if isinstance(self.vsock, Vsock) else Vsock()] if self.vsock else []
         groups: tuple[Sequence[DeviceConfig], ...] = (
-            *(self.disks, self.nets, rng, vsock),
+            *(self.disks, self.nets, rng, vsock, self._consoles()),
+            [self.ports] if self.ports is not None else [],
             self.devices,
         )
         for group in groups:
@@ -139,9 +148,17 @@ class Config(Checked, frozen=True, kw_only=True):
                 found.append((device.id or f"{device.device_type.name}{index}", device))
         return found
 
+    def _consoles(self) -> list[VirtioConsole]:
+        if isinstance(self.console, VirtioConsole):
+            return [self.console]
+        return [VirtioConsole()] if self.console else []
+
     def full_cmdline(self) -> str:
-        """The command line with an ip= parameter for each NIC that asks for an address."""
+        """The command line with an ip= parameter for each NIC that asks for an address, and
+        console=hvc0 for a console on virtio."""
         words = [self.cmdline]
+        if self.console and "console=hvc" not in self.cmdline:
+            words.append("console=hvc0")
         for index, net in enumerate(self.nets):
             if net.guest is None:
                 continue
@@ -201,7 +218,7 @@ def check_io(threads: int, poll_us: int, devices: Sequence[tuple[str, DeviceConf
     if not 0 <= poll_us <= _IO_POLL_MAX_US:
         raise ConfigError("io", f"io_poll_us: {poll_us} is not in 0 to {_IO_POLL_MAX_US}")
     for id, device in devices:
-        if device.home == "thread" and threads == 0:
+        if getattr(device, "home", "loop") == "thread" and threads == 0:
             raise ConfigError("io", f"{id}: home=thread needs io_threads of 1 or more")
 
 

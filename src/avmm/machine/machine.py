@@ -37,7 +37,10 @@ from avmm.machine.lifecycle import State, uninterrupted
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.vcpu.thread import VcpuStatistics
 from avmm.virtio.device import DeviceStatistics
+from avmm.virtio.devices.console import ConsoleDevice
 from avmm.virtio.devices.net import NetDevice
+from avmm.virtio.devices.port import GuestPort
+from avmm.virtio.devices.ports import PortsDevice
 from avmm.virtio.devices.vsock import VsockDevice
 from avmm.virtio.home import HomeStatistics
 from avmm.vsock.host import VsockHost
@@ -110,8 +113,28 @@ class MicroVM:
 
     @property
     def console(self) -> Console:
-        """The serial console; also after the guest ended, for what it printed."""
-        return self._running_parts("console", ended=True).serial_console
+        """The guest's console, on virtio with Config(console=True) and else `serial`; also after
+        the guest ended, for what it printed."""
+        for device in self._running_parts("console", ended=True).devices.values():
+            if isinstance(device, ConsoleDevice):
+                return device.console
+        return self.serial
+
+    @property
+    def serial(self) -> Console:
+        """The console on the serial port, which every guest has; as `console`."""
+        return self._running_parts("serial", ended=True).serial_console
+
+    def port(self, name: str) -> GuestPort:
+        """A port of Config(ports=Ports([...])), to be opened. Raises ConfigError("port")."""
+        known: list[str] = []
+        for device in self._running_parts("port", ended=True).devices.values():
+            if isinstance(device, PortsDevice):
+                if name in device.ports:
+                    return device.ports[name]
+                known += device.ports
+        there = f"there are {', '.join(known)}" if known else "use Config(ports=Ports([...]))"
+        raise ConfigError("port", f"port: this microVM has no port {name!r}; {there}")
 
     @property
     def vsock(self) -> VsockHost:
