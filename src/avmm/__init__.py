@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from avmm.console.console import Console
+    from avmm.console.server import ConsoleServer
     from avmm.errors import AvmmError, BugError, ConfigError, GuestFault, HostError, SnapshotError
     from avmm.hostnet.cable import LinkStatistics
     from avmm.hostnet.switch import Port, Switch, SwitchPort
@@ -59,6 +60,7 @@ _HOMES = {
     "Config": "avmm.machine.config",
     "ConfigError": "avmm.errors",
     "Console": "avmm.console.console",
+    "ConsoleServer": "avmm.console.server",
     "ConsoleClosed": "avmm.machine.events",
     "DeviceFault": "avmm.machine.events",
     "DeviceStatistics": "avmm.virtio.device",
@@ -111,6 +113,7 @@ __all__ = [
     "ConfigError",
     "Console",
     "ConsoleClosed",
+    "ConsoleServer",
     "DeviceFault",
     "DeviceStatistics",
     "Disk",

@@ -108,13 +108,13 @@ class Running:
 
     async def listen(self) -> None:
         """Keep what the guest writes, to its end."""
-        reader, _ = self.vm.console.open(hold=True)
+        reader, _ = self.vm.serial.open(hold=True)
         while data := await reader.read(65536):
             self.output += data
 
     async def says(self, text: str, limit_s: float = BOOT_LIMIT_S) -> None:
         """Wait until the guest wrote this line."""
-        await self.vm.console.expect(rf"(?m)^{re.escape(text)}\r?\n".encode(), timeout=limit_s)
+        await self.vm.serial.expect(rf"(?m)^{re.escape(text)}\r?\n".encode(), timeout=limit_s)
 
     async def ended(self) -> avmm.ExitReason:
         """Wait for the guest's own end."""

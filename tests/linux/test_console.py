@@ -1,4 +1,4 @@
-"""The serial console at speed, both ways."""
+"""The serial console, a console on virtio and its ports, at speed, both ways."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import hashlib
 import os
 import re
 
+import pytest
+
+import avmm
 from avmm.units import KIB, MIB
-from linux.guest import Guests, emulated_cpu
+from linux.guest import BOOT_LIMIT_S, Guests, emulated_cpu
 
 # Each byte is an exit of the guest or two: an emulated CPU needs a minute for 1 MiB.
 BYTES = 256 * KIB if emulated_cpu() else MIB
@@ -38,3 +41,50 @@ async def test_paste_and_bulk_output_arrive_whole(guests: Guests) -> None:
     assert begin is not None
     given = bytes(guest.output[begin.end() : begin.end() + BYTES])
     assert guest.fact("given") == hashlib.sha256(given).hexdigest()
+
+
+PORT_BYTES = 10 * MIB
+
+PORTS = f"""
+stty -F /dev/hvc0 raw -echo
+while [ "$(stty -F /dev/hvc0 size)" != '41 99' ]; do echo >/dev/hvc0; sleep 0.1; done
+echo "SIZE 41 99" >/dev/hvc0
+setsid sh -c 'exec sh -i <>/dev/hvc0 >&0 2>&1' &
+shell=$!
+mkdir -p /dev/virtio-ports
+for entry in /sys/class/virtio-ports/*; do
+    ln -s "/dev/${{entry##*/}}" "/dev/virtio-ports/$(cat "$entry/name")"
+done
+head -c {PORT_BYTES} /dev/urandom >/given
+cat /given >/dev/virtio-ports/up
+head -c {PORT_BYTES} </dev/virtio-ports/down | sha256sum >/taken
+echo "FACT given $(sha256sum </given | cut -d ' ' -f 1)"
+echo "FACT taken $(cut -d ' ' -f 1 /taken)"
+wait $shell
+"""
+
+
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+async def test_a_shell_on_hvc0_and_ten_megabytes_each_way_through_ports(
+    guests: Guests, transport: str
+) -> None:
+    config = {"console": True, "ports": avmm.Ports(["up", "down"]), "transport": transport}
+    async with guests.running(PORTS, **config) as guest:
+        vm, console = guest.vm, guest.vm.console
+        console.resize(99, 41)
+        await console.expect(b"SIZE 41 99", timeout=BOOT_LIMIT_S)
+        reader, _ = await vm.port("up").open()
+        digest = hashlib.sha256()
+        while data := await reader.read(MIB):
+            digest.update(data)
+        down = os.urandom(PORT_BYTES)
+        _, writer = await vm.port("down").open()
+        writer.write(down)
+        await writer.drain()
+        await console.write(b"echo $((6 * 7)); exit\n")
+        await console.expect(rb"42\r?\n", timeout=BOOT_LIMIT_S)
+        writer.close()
+        await guest.ended()
+    assert guest.status == 0
+    assert guest.fact("given") == digest.hexdigest()
+    assert guest.fact("taken") == hashlib.sha256(down).hexdigest()

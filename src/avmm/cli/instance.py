@@ -36,8 +36,13 @@ class Instance:
 
     @property
     def console_path(self) -> Path:
-        """The socket of its consoles."""
+        """The socket of its console."""
         return self.path / "console.sock"
+
+    @property
+    def serial_path(self) -> Path:
+        """The socket of its serial port's console, when the other one is on virtio."""
+        return self.path / "serial.sock"
 
     @property
     def vsock_path(self) -> Path:

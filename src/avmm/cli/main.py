@@ -41,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _LazyOptions(run, "avmm.cli.run")
+    attach = commands.add_parser(
+        "attach",
+        help="be on the console of a running microVM that has a name",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _LazyOptions(attach, "avmm.cli.attach")
     listing = commands.add_parser("list", help="the running microVMs that have a name")
     _LazyOptions(listing, "avmm.cli.list")
     vhost_user = commands.add_parser(

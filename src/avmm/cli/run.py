@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from avmm.cli.instance import claimed
+from avmm.cli.instance import Instance, claimed
 from avmm.cli.main import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED
 from avmm.cli.terminal import ESCAPE_NAME, Input, Output, is_terminal, raw_mode, watched_size
 from avmm.config import field_description, field_hint, parse_option, read_file
+from avmm.console.server import ConsoleServer
 from avmm.errors import ConfigError, HostError
 from avmm.log import log_to_stderr
 from avmm.loop import run as run_loop
@@ -24,12 +25,14 @@ from avmm.machine.machine import MachineStatistics, MicroVM
 from avmm.machine.reason import ExitKind, ExitReason
 
 _FLUSH_S = 5.0
+_UNNAMED: contextlib.nullcontext[None] = contextlib.nullcontext()
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 _EPILOG = f"""\
 The guest's serial console is on this terminal; {ESCAPE_NAME} ends the guest. Without a terminal,
 bytes are streamed from stdin and to stdout. SIGTERM presses the power button, twice kills.
+With --console the terminal is /dev/hvc0, and the serial port is in avmm attach --serial.
 
 Exit status: 0 poweroff or reboot, 1 crash or error, 2 bad input or a host that cannot run it,
 130 Ctrl-C or {ESCAPE_NAME}, 143 SIGTERM before the guest ran.
@@ -71,8 +74,8 @@ def run(options: argparse.Namespace) -> int:
     config = make_config(options)
     attached = is_terminal()
     try:
-        with claimed(options.name) if options.name is not None else contextlib.nullcontext():
-            ending = run_loop(_run(config, attached, options.stats))
+        with claimed(options.name) if options.name is not None else _UNNAMED as instance:
+            ending = run_loop(_run(config, attached, options.stats, instance))
     except asyncio.CancelledError:
         return EXIT_TERMINATED
     except HostError as e:
@@ -163,17 +166,32 @@ def _print_statistics(statistics: MachineStatistics, reason: str | None = None) 
     print(json.dumps(values), file=sys.stderr, flush=True)
 
 
-async def _run(config: Config, attached: bool, stats: bool) -> _Ending:
+async def _run(config: Config, attached: bool, stats: bool, instance: Instance | None) -> _Ending:
     task = asyncio.current_task()
     assert task is not None
     while True:
         # Until the guest runs there is nobody to ask; and the terminal has to be restored.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         with raw_mode(sys.stdin.fileno()) if attached else contextlib.nullcontext():
-            async with MicroVM(config) as vm, _attached(vm, attached, stats) as interrupted:
+            async with (
+                MicroVM(config) as vm,
+                _attached(vm, attached, stats) as interrupted,
+                _listening(vm, instance),
+            ):
                 reason = await vm.wait()
         if reason.kind is not ExitKind.REBOOT or config.on_reboot == "stop":
             return _Ending(reason, vm.statistics(), interrupted.is_set())
+
+
+@contextlib.asynccontextmanager
+async def _listening(vm: MicroVM, instance: Instance | None) -> AsyncIterator[None]:
+    """The sockets of a named VM's consoles."""
+    async with contextlib.AsyncExitStack() as stack:
+        if instance is not None:
+            await stack.enter_async_context(ConsoleServer(vm.console, instance.console_path))
+            if vm.serial is not vm.console:
+                await stack.enter_async_context(ConsoleServer(vm.serial, instance.serial_path))
+        yield
 
 
 @contextlib.asynccontextmanager
@@ -197,22 +215,29 @@ async def _attached(vm: MicroVM, attached: bool, stats: bool) -> AsyncIterator[a
         loop.add_signal_handler(signal.SIGTERM, lambda: start(vm.kill()))
         start(vm.stop())
 
+    async def send(data: bytes) -> None:
+        writer.write(data)
+        await writer.drain()
+
     reader, writer = vm.console.open(hold=vm.console.can_hold)
     output = Output(sys.stdout.fileno(), on_closed=lambda: start(vm.kill()))
-    source = Input(sys.stdin.fileno(), writer, interrupt if attached else None)
+    source = Input(sys.stdin.fileno(), send, interrupt if attached else None)
     loop.add_signal_handler(signal.SIGINT, interrupt)
     loop.add_signal_handler(signal.SIGTERM, terminate)
     if stats:
         loop.add_signal_handler(signal.SIGUSR1, lambda: _print_statistics(vm.statistics()))
     start(source.forward())
-    showing = loop.create_task(output.show(reader))
     try:
-        with watched_size(vm.console.resize) if attached else contextlib.nullcontext():
-            yield interrupted
+        with output, watched_size(vm.console.resize) if attached else contextlib.nullcontext():
+            showing = loop.create_task(output.show(reader))
+            try:
+                yield interrupted
+            finally:
+                # What the guest wrote last is on its way; a terminal that stands still is left.
+                await asyncio.wait([showing], timeout=_FLUSH_S)
+                showing.cancel()
+                await asyncio.gather(showing, return_exceptions=True)
     finally:
-        # What the guest wrote last is still on its way; a terminal that stands still is left.
-        await asyncio.wait([showing], timeout=_FLUSH_S)
-        tasks.add(showing)
         loop.remove_signal_handler(signal.SIGINT)
         loop.remove_signal_handler(signal.SIGTERM)
         loop.remove_signal_handler(signal.SIGUSR1)

@@ -10,12 +10,16 @@ import stat
 import sys
 import termios
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from types import TracebackType
+from typing import Self
 
 ESCAPE_KEY = b"\x1d"
 ESCAPE_NAME = "Ctrl-]"
 
 _IO_BYTES = 65536
+_ESCAPE_S = 0.2
+"""For the guest to take what was typed before the escape key."""
 
 
 @contextlib.contextmanager
@@ -38,16 +42,31 @@ class Output:
 
     def __init__(self, fd: int, on_closed: Callable[[], None]) -> None:
         self._fd = fd
+        self._own_fd = -1
         self._on_closed = on_closed
         self._closed = False
 
+    def __enter__(self) -> Self:
+        self._own_fd = _unblocked(self._fd)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._own_fd >= 0:
+            os.close(self._own_fd)
+
     async def show(self, reader: asyncio.StreamReader) -> None:
         """Until the guest's end."""
-        with _unblocked(self._fd) as fd:
-            while data := await reader.read(_IO_BYTES):
-                await self._write(fd, data)
+        while data := await reader.read(_IO_BYTES):
+            await self.write(data)
 
-    async def _write(self, fd: int, data: bytes) -> None:
+    async def write(self, data: bytes) -> None:
+        """Returns when all of it is written."""
+        fd = self._own_fd if self._own_fd >= 0 else self._fd
         view = memoryview(data)
         while view and not self._closed:
             try:
@@ -62,14 +81,18 @@ class Output:
 class Input:
     """Bytes from stdin to the guest, no faster than it takes them.
 
-    on_escape: called when the escape key is pressed; None passes every byte on.
+    send: returns when they are taken. on_escape: called when the escape key is pressed; None
+    passes every byte on.
     """
 
     def __init__(
-        self, fd: int, writer: asyncio.StreamWriter, on_escape: Callable[[], None] | None
+        self,
+        fd: int,
+        send: Callable[[bytes], Awaitable[None]],
+        on_escape: Callable[[], None] | None,
     ) -> None:
         self._fd = fd
-        self._writer = writer
+        self._send = send
         self._on_escape = on_escape
 
     async def forward(self) -> None:
@@ -77,12 +100,15 @@ class Input:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(ConnectionError):  # the guest's end
             while data := await _read(loop, self._fd):
-                if self._on_escape is not None and ESCAPE_KEY in data:
-                    self._writer.write(data[: data.index(ESCAPE_KEY)])
-                    self._on_escape()
-                    return
-                self._writer.write(data)
-                await self._writer.drain()
+                typed, escape, _ = data.partition(ESCAPE_KEY)
+                if self._on_escape is None or not escape:
+                    await self._send(data)
+                    continue
+                sending = asyncio.ensure_future(self._send(typed))
+                await asyncio.wait([sending], timeout=_ESCAPE_S)
+                sending.cancel()
+                self._on_escape()
+                return
 
 
 @contextlib.contextmanager
@@ -103,24 +129,18 @@ def watched_size(on_size: Callable[[int, int], None]) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGWINCH)
 
 
-@contextlib.contextmanager
-def _unblocked(fd: int) -> Iterator[int]:
-    """A descriptor of the same terminal or pipe whose writes do not block.
+def _unblocked(fd: int) -> int:
+    """A descriptor of the same terminal or pipe whose writes do not block; -1 when there is none.
 
     The flag is shared by all who have inherited a descriptor, so it is set on one of our own.
     A file is written as it is, and so is what cannot be opened again.
     """
-    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     mode = os.fstat(fd).st_mode
-    own = -1
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         with contextlib.suppress(OSError):
-            own = os.open(f"/proc/self/fd/{fd}", flags)
-    try:
-        yield own if own >= 0 else fd
-    finally:
-        if own >= 0:
-            os.close(own)
+            return os.open(f"/proc/self/fd/{fd}", flags)
+    return -1
 
 
 async def _read(loop: asyncio.AbstractEventLoop, fd: int) -> bytes:

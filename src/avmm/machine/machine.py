@@ -336,6 +336,7 @@ class MicroVM:
             # asyncio.run() cancels every task at its end: a microVM nobody closed ends here.
             self._end(ExitReason(ExitKind.KILLED, "its event loop ended"))
             reason = self._ended.result()
+        self.console.end_reason = self.serial.end_reason = str(reason)
         self._last_statistics = self.statistics()
         self._state = State.STOPPING
         try:

@@ -152,9 +152,7 @@ async def typed(data: bytes, *, escape: bool) -> tuple[bytes, bool]:
     read_fd, write_fd = os.pipe()
     os.write(write_fd, data)
     os.close(write_fd)
-    _, writer = guest.console.open()
-    await Input(read_fd, writer, escaped.set if escape else None).forward()
-    writer.close()
+    await Input(read_fd, guest.console.write, escaped.set if escape else None).forward()
     os.close(read_fd)
     return guest.typed, escaped.is_set()
 
@@ -172,10 +170,8 @@ async def test_a_regular_file_as_input_is_read(tmp_path: Path) -> None:
     path = tmp_path / "input"
     path.write_bytes(b"x" * 200_000)
     guest = FakeGuest()
-    _, writer = guest.console.open()
     with path.open("rb") as file:
-        await Input(file.fileno(), writer, None).forward()
-    writer.close()
+        await Input(file.fileno(), guest.console.write, None).forward()
     assert guest.typed == b"x" * 200_000
 
 
@@ -184,7 +180,8 @@ async def test_output_whose_reader_is_gone_says_so_once() -> None:
     read_fd, write_fd = os.pipe()
     guest = FakeGuest()
     reader, _ = guest.console.open()
-    showing = asyncio.create_task(Output(write_fd, lambda: closed.append("closed")).show(reader))
+    output = Output(write_fd, lambda: closed.append("closed"))
+    showing = asyncio.create_task(output.show(reader))
     guest.console.receive(b"before")
     await settle()
     assert os.read(read_fd, 100) == b"before"
@@ -202,18 +199,19 @@ async def test_output_waits_for_a_slow_reader_and_the_loop_goes_on() -> None:
     read_fd, write_fd = os.pipe()
     guest = FakeGuest()
     reader, _ = guest.console.open()
-    showing = asyncio.create_task(Output(write_fd, lambda: None).show(reader))
-    guest.console.receive(b"x" * 200_000)  # a pipe holds 64 KiB
-    await settle()
-    assert not showing.done()
-    guest.console.close()
-    os.set_blocking(read_fd, False)
-    seen = 0
-    while seen < 200_000:
-        with contextlib.suppress(BlockingIOError):
-            seen += len(os.read(read_fd, 65536))
-        await asyncio.sleep(0)
-    await showing
+    with Output(write_fd, lambda: None) as output:
+        showing = asyncio.create_task(output.show(reader))
+        guest.console.receive(b"x" * 200_000)  # a pipe holds 64 KiB
+        await settle()
+        assert not showing.done()
+        guest.console.close()
+        os.set_blocking(read_fd, False)
+        seen = 0
+        while seen < 200_000:
+            with contextlib.suppress(BlockingIOError):
+                seen += len(os.read(read_fd, 65536))
+            await asyncio.sleep(0)
+        await showing
     os.close(read_fd)
     assert os.get_blocking(write_fd)
     os.close(write_fd)
@@ -227,7 +225,8 @@ async def test_output_to_a_file_is_at_its_place_in_it(tmp_path: Path) -> None:
     guest.console.close()
     with path.open("wb", buffering=0) as file:
         file.write(b"head:")
-        await Output(file.fileno(), lambda: None).show(reader)
+        with Output(file.fileno(), lambda: None) as output:
+            await output.show(reader)
     assert path.read_bytes() == b"head:said"
 
 

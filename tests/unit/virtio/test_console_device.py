@@ -104,6 +104,16 @@ async def test_the_size_is_in_the_configuration_space(rigged: Rigged) -> None:
         assert struct.unpack("<HH", rig.device.config.data[:4]) == (120, 40)
 
 
+async def test_a_driver_that_came_after_the_size_is_told_when_it_writes(rigged: Rigged) -> None:
+    async with rigged() as rig:
+        rig.device.console.resize(120, 40)
+        await rig.driver.interrupted()
+        await rig.driver.start()
+        say(rig, b"hello")
+        while not await rig.driver.interrupted() & CONFIG_CHANGE:
+            pass
+
+
 async def test_an_emergency_write_needs_no_queue() -> None:
     async with virtio_rig(lambda c: build(VirtioConsole(), c)) as rig:
         assert rig.device.state.offered & features.CONSOLE_EMERG_WRITE

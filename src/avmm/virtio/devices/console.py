@@ -29,6 +29,8 @@ CONFIG = struct.Struct("<HHII")
 """struct virtio_console_config: columns, rows, max_nr_ports, emerg_wr (5.3.4)."""
 _EMERG_WR_AT = 8
 _LAST_BYTES = 4 << 20
+_SIZE_TOLD_TIMES = 10
+_SIZE_TOLD_EVERY_S = 0.1
 
 
 class VirtioConsole(Checked, frozen=True):
@@ -55,6 +57,8 @@ class ConsoleDevice(VirtioDevice):
         self._input = ByteQueue(self.queues[RX], context)
         self._output = ByteQueue(self.queues[TX], context)
         self._working = False
+        self._size_telling = 0
+        self._size_told_s = 0.0
         self.console = Console(
             "console",
             self._put,
@@ -63,6 +67,11 @@ class ConsoleDevice(VirtioDevice):
         )
         self.set_config(CONFIG.pack(0, 0, 1, 0))
         context.stack.callback(self._end)
+
+    def on_activate(self, negotiated: int) -> None:
+        """A new driver is to know the size."""
+        self._size_telling = _SIZE_TOLD_TIMES
+        self._size_told_s = 0.0
 
     def on_resume(self) -> None:
         """Input may have come while the device was at rest."""
@@ -87,6 +96,8 @@ class ConsoleDevice(VirtioDevice):
         data, more = self._output.take()
         if data:
             self.console.receive(data)
+            if self._size_telling:
+                self._tell_size()
         return more
 
     def on_config_write(self, offset: int, data: bytes) -> None:
@@ -114,6 +125,16 @@ class ConsoleDevice(VirtioDevice):
         config = CONFIG.pack(columns, rows, 1, 0)
         if config != self.config.data:
             self.set_config(config)
+
+    def _tell_size(self) -> None:
+        """Linux reads the size only when it is told of a change, and not before its console is
+        there: some time after the first bytes came. So a new driver is told again and again, at
+        first, when it writes."""
+        now_s = self.context.loop.time()
+        if any(self.config.data[:4]) and now_s - self._size_told_s >= _SIZE_TOLD_EVERY_S:
+            self._size_telling -= 1
+            self._size_told_s = now_s
+            self.interrupts.config.raise_config()
 
     def _end(self) -> None:
         """The guest has ended, the device is at rest."""
