@@ -3,7 +3,7 @@
 Guests of four instructions in this process: the first writes to the console, which is how the
 program knows that it ran; then they halt. How many others are alive is in a row's name. The limit
 is a VM made of KVM's own calls alone, with nothing around it. And what a disk written in Python
-does (python_disk.py).
+does (python_disk.py), and the streams of consoles and ports (console.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from avmm.bench import python_disk
+from avmm.bench import console, python_disk
 from avmm.bench.record import GOAL, LIMIT, OWN, Aim, Case
 from avmm.bench.suite import Options
 from avmm.bench.tiny import elf
@@ -87,6 +87,7 @@ def cases(options: Options) -> Iterator[Case]:
                 alone = alone or figures.first_s
                 yield from _cases(alive, figures, alone, limit)
     yield from python_disk.cases(SUITE, options)
+    yield from console.cases(SUITE, options)
 
 
 def _cases(alive: int, figures: Figures, alone: list[float], limit: list[float]) -> Iterator[Case]:
