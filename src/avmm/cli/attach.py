@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from avmm.machine.reason import ExitKind
 
 _EPILOG = f"""\
 Shows the console's last output and then what comes, and sends what is typed; {ESCAPE_NAME}
-detaches, and the guest goes on. Several may be attached at once.
+detaches, and the guest goes on. Several may be attached at once. A reboot ends it too.
 
 Exit status: 0 detached, or the guest ended by poweroff or reboot; 1 it ended otherwise, or the
 connection was lost; 2 there is no such microVM.
@@ -107,6 +108,10 @@ class _Attachment:
                 stack.enter_context(raw_mode(sys.stdin.fileno()))
                 stack.enter_context(watched_size(self._send_size))
             output = stack.enter_context(Output(sys.stdout.fileno(), self._detached.set))
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):  # the terminal has to be restored
+                loop.add_signal_handler(number, self._detached.set)
+                stack.callback(loop.remove_signal_handler, number)
             typing = asyncio.create_task(source.forward())
             showing = asyncio.create_task(self._show(output.write))
             detaching = asyncio.create_task(self._detached.wait())

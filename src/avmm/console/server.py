@@ -69,17 +69,16 @@ class ConsoleServer:
         self._clients.add(task)
         try:
             if len(self._clients) > CLIENTS_MAX:
-                writer.write(frame(Kind.END, b"too many are attached"))
-                await writer.drain()
+                await _send_last(writer, b"too many are attached")
             else:
                 await self._serve(reader, writer)
-        except (ConnectionError, HostError) as e:
+        except (ConnectionError, TimeoutError, HostError) as e:
             log.debug("console %s: a client: %s", self.path, e)
         except asyncio.CancelledError:
             log.debug("console %s: a client at the end of the server", self.path)
         finally:
             self._clients.discard(task)
-            writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
+            writer.transport.abort()  # what it was to get is sent, or it does not take it
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         output, input = self._console.open()
@@ -109,8 +108,7 @@ class ConsoleServer:
                 lost = output.lost_bytes
             writer.write(frame(Kind.DATA, data))
             await writer.drain()
-        writer.write(frame(Kind.END, self._console.end_reason.encode()[:PAYLOAD_MAX_BYTES]))
-        await writer.drain()
+        await _send_last(writer, self._console.end_reason.encode()[:PAYLOAD_MAX_BYTES])
 
     async def _hear(self, reader: asyncio.StreamReader, input: GuestWriter) -> None:
         while (found := await read_frame(reader)) is not None:
@@ -126,6 +124,14 @@ class ConsoleServer:
                     op="Console socket",
                     remedy=f"a client sent a frame of kind {kind} and {len(payload)} bytes",
                 )
+
+
+async def _send_last(writer: asyncio.StreamWriter, reason: bytes) -> None:
+    """Returns when all is sent, or it takes too long."""
+    writer.transport.set_write_buffer_limits(high=0)
+    writer.write(frame(Kind.END, reason))
+    async with asyncio.timeout(_GRACE_S):
+        await writer.drain()
 
 
 async def _let_go(input: GuestWriter) -> None:

@@ -20,7 +20,7 @@ from avmm.cli.main import _parser, main
 from avmm.cli.run import make_config
 from avmm.cli.terminal import Input, Output, raw_mode
 from avmm.console.console import Console
-from avmm.machine.config import Config, Disk, Rng, Tap
+from avmm.machine.config import Config, Disk, Ports, Rng, Tap
 from fakes.mmio_driver import settle
 
 HEAVY = ("pyroute2", "uvloop", "cffi", "avmm._native", "msgspec", "asyncio")
@@ -63,7 +63,8 @@ def test_options_make_the_same_configuration_as_python() -> None:
     assert config_of(
         *("--kernel", "k", "--cpus", "2", "--memory", "1G", "--hugepages"),
         *("--disk", "a,ro", "--disk", "b", "--net", "tap=t0,host=10.0.0.1/24", "--rng"),
-        *("--on-reboot", "restart", "--stop-grace-s", "2.5"),
+        *("--on-reboot", "restart", "--stop-grace-s", "2.5", "--scrollback", "1M"),
+        *("--console", "--ports", "logs:data"),
     ) == Config(
         kernel="k",
         cpus=2,
@@ -74,6 +75,9 @@ def test_options_make_the_same_configuration_as_python() -> None:
         rng=True,
         on_reboot="restart",
         stop_grace_s=2.5,
+        scrollback="1M",
+        console=True,
+        ports=Ports(["logs", "data"]),
     )
 
 
@@ -90,6 +94,8 @@ def test_options_take_the_place_of_the_files_values(tmp_path: Path) -> None:
     [
         ([], "--kernel is needed"),
         (["--kernel", "k", "--cpus", "0"], "cpus: 0"),
+        (["--kernel", "k", "--ports", "a:a"], "'a' is given more than once"),
+        (["--kernel", "k", "--scrollback", "0"], "scrollback: 0"),
         (["--kernel", "k", "--cpus", "many"], "--cpus many: a number"),
         (["--kernel", "k", "--memory", "lots"], "'lots'"),
         (["--kernel", "k", "--disk", "a,rw"], "unknown key 'rw'"),

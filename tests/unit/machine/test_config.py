@@ -196,3 +196,14 @@ def test_guest_addresses_become_ip_parameters_in_order() -> None:
     nets = [avmm.Tap("a"), avmm.Tap("b", host="10.0.0.1/24", guest="10.0.0.2")]
     line = make(cmdline="quiet", nets=nets).full_cmdline()
     assert line == "quiet ip=10.0.0.2::10.0.0.1:255.255.255.0::eth1:off"
+
+
+def test_a_console_on_virtio_is_the_kernels_unless_the_command_line_says_which() -> None:
+    assert Config(kernel="k").full_cmdline() == "console=ttyS0"
+    assert Config(kernel="k", console=True).full_cmdline() == "console=ttyS0 console=hvc0"
+    named = Config(kernel="k", console=True, cmdline="console=hvc1 quiet")
+    assert named.full_cmdline() == "console=hvc1 quiet"
+    both = Config(
+        kernel="k", console=avmm.VirtioConsole(id="c"), ports=avmm.Ports(["a"])
+    ).all_devices()
+    assert [id for id, _ in both] == ["c", "ports0"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from avmm.console.streams import LIMIT_BYTES, GuestReader, GuestTransport, GuestWriter, InputQueue
-from avmm.errors import ConfigError, HostError
+from avmm.errors import ConfigError, GuestFault, HostError
 from avmm.virtio.byte_queue import ByteQueue
 
 _DISCARDS_MAX = 64
@@ -164,9 +165,10 @@ class GuestPort:
         self._transport = None
         self._draining = False
         if self._is_working() and self.tx.queue.ready and not self._ended:
-            for _ in range(_DISCARDS_MAX):
-                if not self.tx.take()[1]:
-                    break
+            with contextlib.suppress(GuestFault):  # whoever serves the queue next reports it
+                for _ in range(_DISCARDS_MAX):
+                    if not self.tx.take()[1]:
+                        break
         if not self._ended:
             self._on_open(self)
 
