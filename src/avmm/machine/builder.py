@@ -15,7 +15,7 @@ from avmm.boot.entry import EntryRegs
 from avmm.boot.load import BootSource, load
 from avmm.console.console import Console
 from avmm.errors import GuestFault, HostError
-from avmm.kvm.system import Kvm
+from avmm.kvm.system import CpuidEntry, Kvm
 from avmm.kvm.vcpu import Vcpu
 from avmm.kvm.vm import Vm
 from avmm.legacy.acpi_pm import AcpiPm
@@ -82,7 +82,7 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
     slots = assign_slots(config)
     memory = GuestMemory.create(config.memory_bytes, hugepages=config.hugepages)
     stack.callback(memory.close)
-    async with _loading(memory, config, slots) as loading:
+    async with _preparing(kvm, memory, config, slots) as preparing:
         vm = _create_vm(kvm, memory, stack)
         platform = add_platform(vm, stack, reports.end)
         homes = Homes.create(
@@ -94,7 +94,7 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
             memory, homes, stack, config.cpus, on_error, reports.fault, reports.ready
         )
         devices = await plug(slots, backplane, surroundings)
-        registers = await asyncio.shield(loading)
+        prepared = await asyncio.shield(preparing)
     console = SerialConsole(platform.serial, config.scrollback_bytes)
     stack.callback(reports.console_closed)
     stack.callback(console.close)
@@ -105,7 +105,7 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
         pio=platform.pio, mmio=platform.mmio, bridge=bridge, gate=gate, drain_uart=console.make_room
     )
     dispatch = _dispatch(platform, backplane, stack)
-    vcpus = _create_vcpus(kvm, vm, config.cpus, registers, stack)
+    vcpus = _create_vcpus(kvm, vm, config.cpus, prepared, stack)
     run_bytes = kvm.run_bytes()
     threads: list[VcpuThread] = []
     stack.push_async_callback(_end_threads, threads, gate, bridge)
@@ -134,12 +134,25 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What takes a while and needs nothing else of the machine."""
+
+    registers: EntryRegs
+    supported: list[CpuidEntry]
+
+
+def _prepare(kvm: Kvm, memory: GuestMemory, source: BootSource) -> _Prepared:
+    return _Prepared(load(memory, source), kvm.supported_cpuid())
+
+
 @asynccontextmanager
-async def _loading(
-    memory: GuestMemory, config: Config, slots: Sequence[Slot]
-) -> AsyncIterator[asyncio.Future[EntryRegs]]:
-    """Load the kernel on a thread while the body runs: unpacking one takes a while, and the
-    user's loop has other work. The memory is not given back before the thread is done with it."""
+async def _preparing(
+    kvm: Kvm, memory: GuestMemory, config: Config, slots: Sequence[Slot]
+) -> AsyncIterator[asyncio.Future[_Prepared]]:
+    """Load the kernel and ask for CPUID on a thread while the body runs: unpacking a kernel takes
+    long, and the user's loop has other work. What the thread uses is not given back before it is
+    done."""
     source = BootSource(
         kernel=config.kernel,
         initrd=config.initrd,
@@ -149,16 +162,16 @@ async def _loading(
         pci=acpi_root(config.memory_bytes) if config.transport == "pci" else None,
         kernel_format=config.kernel_format,
     )
-    loading = on_thread(load, memory, source)
+    preparing = on_thread(_prepare, kvm, memory, source)
 
     async def settled() -> None:
-        await asyncio.wait([loading])
+        await asyncio.wait([preparing])
 
     try:
-        yield loading
+        yield preparing
     finally:
         await uninterrupted(settled())
-        loading.exception()  # seen: when the body failed first, that error is raised
+        preparing.exception()  # seen: when the body failed first, that error is raised
 
 
 def _create_vm(kvm: Kvm, memory: GuestMemory, stack: AsyncExitStack) -> Vm:
@@ -206,16 +219,15 @@ def _dispatch(platform: Platform, backplane: Backplane, stack: AsyncExitStack) -
 
 
 def _create_vcpus(
-    kvm: Kvm, vm: Vm, cpus: int, registers: EntryRegs, stack: AsyncExitStack
+    kvm: Kvm, vm: Vm, cpus: int, prepared: _Prepared, stack: AsyncExitStack
 ) -> list[Vcpu]:
-    supported = kvm.supported_cpuid()
     tsc_deadline = bool(kvm.extension("tsc_deadline_timer"))
     vcpus: list[Vcpu] = []
     for index in range(cpus):
         vcpu = vm.create_vcpu(index)
         stack.callback(vcpu.close)
-        entry = registers if index == 0 else None
-        set_up(vcpu, cpus, supported, entry, tsc_deadline=tsc_deadline)
+        entry = prepared.registers if index == 0 else None
+        set_up(vcpu, cpus, prepared.supported, entry, tsc_deadline=tsc_deadline)
         vcpus.append(vcpu)
     return vcpus
 
