@@ -101,7 +101,8 @@ class Console:
 
         The reader begins with what is in the scrollback, or with `scrollback` off with what the
         guest writes from now on, and is at its end when the guest has ended. The writer's drain()
-        waits for the guest; bytes of one write() stay together. Close the writer to give both back.
+        waits for the guest; bytes of one write() stay together. Close the writer, or drop both, to
+        give them back.
         limit: as of asyncio's streams; the reader holds up to twice as much, and what comes in one
         piece, at most 64 KiB.
         hold: the guest waits when this reader does not read, so it loses nothing.
@@ -113,7 +114,6 @@ class Console:
         position = self._start if scrollback else self.end
         transport = _ConsoleTransport(self, self._input, position, limit=limit, hold=hold)
         reader, writer = transport.pair(limit)
-        transport.reader = reader
         self._readers.add(transport)
         transport.advance()
         if self._closed:
@@ -252,7 +252,6 @@ class _ConsoleTransport(GuestTransport):
     ) -> None:
         super().__init__(console.name, input)
         self.hold = hold
-        self.reader: GuestReader | None = None
         self._console = console
         self._position = position
         self._limit = limit
@@ -283,12 +282,11 @@ class _ConsoleTransport(GuestTransport):
     def on_closed(self) -> None:
         """The pair is gone."""
         self._console.forget(self)
-        self.reader = None
 
     def _step(self) -> bool:
         data, lost = self._console.slice(self._position, self._limit)
-        if lost and self.reader is not None:
-            self.reader.lost_bytes += lost
+        if lost:
+            self.count_lost(lost)
             self._console.count_lost(lost)
         self._position += lost + len(data)
         self.receive(data)

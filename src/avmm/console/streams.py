@@ -7,6 +7,8 @@ a transport in plain Python, so they work on every event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -118,6 +120,7 @@ class GuestTransport(asyncio.Transport):
         self._name = name
         self._input = input
         self._loop = asyncio.get_running_loop()
+        self._reader: weakref.ref[GuestReader] | None = None
         self._protocol: asyncio.StreamReaderProtocol | None = None
         self._reading = True
         self._waiting_bytes = 0
@@ -130,6 +133,8 @@ class GuestTransport(asyncio.Transport):
     def pair(self, limit: int) -> tuple[GuestReader, GuestWriter]:
         """Make the streams, once."""
         reader = GuestReader(limit, self._loop)
+        # A pair that nobody has any more would hold the guest, or the port, for ever.
+        self._reader = weakref.ref(reader, lambda _: self._on_dropped())
         self._protocol = asyncio.StreamReaderProtocol(reader, loop=self._loop)
         self._protocol.connection_made(self)
         writer = GuestWriter(self, self._protocol, reader, self._loop)
@@ -158,6 +163,12 @@ class GuestTransport(asyncio.Transport):
     def is_paused(self) -> bool:
         """Whether the reader holds enough, and will take more when that is read."""
         return not self._reading and not self._closing
+
+    def count_lost(self, count_bytes: int) -> None:
+        """Tell the reader that it missed some."""
+        reader = self._reader() if self._reader is not None else None
+        if reader is not None:
+            reader.lost_bytes += count_bytes
 
     def check_sent(self) -> None:
         """Raises ConnectionResetError when bytes were written that the guest never took."""
@@ -252,6 +263,11 @@ class GuestTransport(asyncio.Transport):
     def on_lost(self) -> None:
         """The guest will never take them."""
         self._lost = True
+
+    def _on_dropped(self) -> None:
+        """Of any thread, and of a loop that may be gone."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.close)
 
     def _go_on(self) -> None:
         if self.is_reading():

@@ -300,15 +300,19 @@ async def test_a_cancelled_write_is_still_sent() -> None:
     assert guest.taken == b"whole"
 
 
-async def test_a_reader_that_was_dropped_keeps_no_bytes() -> None:
-    guest = Guest()
-    reader, writer = guest.console.open()
+async def test_a_pair_that_was_dropped_is_closed_and_holds_nobody() -> None:
+    guest = Guest(can_wait=True)
+    reader, writer = guest.console.open(hold=True, limit=10)
+    guest.console.receive(b"w" * 500)
+    assert guest.console.held
     del reader
     gc.collect()
-    for _ in range(10):
-        guest.console.receive(b"w" * 500)
-    writer.close()
-    await writer.wait_closed()
+    await settle()
+    assert guest.console.held  # the writer may be of use alone, and has the reader
+    del writer
+    gc.collect()
+    await settle()
+    assert not guest.console.held
     assert guest.console.statistics().readers == 0
 
 
