@@ -80,6 +80,26 @@ int av_load_net_run(struct av_vdriver *driver, const struct av_gmem *mem,
  * only `requests` and `elapsed_ns` are measured. 0 or -errno. */
 int av_load_tap_run(int tap_fd, const struct av_load *load, const struct av_load_net *net,
                     struct av_load_result *out);
+
+/* One guest of a socket device, which connects to host_port. sends: bytes to the host; 0: it takes
+ * what comes, until the host closes. Else connections: so many come and go, some at_once, up to 16.
+ * timeout_ns: as in struct av_load. */
+struct av_load_vsock {
+    uint64_t cid;
+    uint32_t host_port;
+    uint64_t sends;
+    uint64_t connections;
+    uint32_t at_once;
+    uint64_t timeout_ns;
+};
+
+/* Bytes of memory that it needs. */
+uint64_t av_load_vsock_room(void);
+/* Both drivers of one call_fd, which does not block. In the caller's thread. `requests` are bytes,
+ * or connections; no latencies. 0, -EINVAL, -ETIMEDOUT, -EPROTO or -errno. */
+int av_load_vsock_run(struct av_vdriver *rx, struct av_vdriver *tx, const struct av_gmem *mem,
+                      uint64_t data_gpa, const struct av_load_vsock *load,
+                      struct av_load_result *out);
 /* cdef end */
 
 #endif

@@ -23,9 +23,7 @@ class Holdings:
     @classmethod
     def now(cls) -> Self:
         """All that is held at this moment."""
-        return cls(
-            _descriptors() + _mappings() + _memory() + _threads() + _children() + _devices()
-        )
+        return cls(_descriptors() + _mappings() + _memory() + _threads() + _children() + _devices())
 
     def beyond(self, before: Self) -> dict[str, int]:
         """What is held now and was not before."""

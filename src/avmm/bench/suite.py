@@ -72,6 +72,7 @@ SUITES: tuple[Suite, ...] = (
     Suite("net-guest", "net", "guest", "avmm.bench.guest.net"),
     Suite("exits", "exits", "native", "avmm.bench.exits"),
     Suite("embed", "embed", "native", "avmm.bench.embed"),
+    Suite("vsock-native", "embed", "native", "avmm.bench.vsock_native"),
     Suite("boot-guest", "boot", "guest", "avmm.bench.guest.start"),
 )
 

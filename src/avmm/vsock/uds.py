@@ -164,8 +164,10 @@ class UnixSockets:
         """The port of a CONNECT, and what came after it."""
         line = b""
         while b"\n" not in line:
-            data = await self._loop.sock_recv(program, _COMMAND_MAX_BYTES)
-            if not data or len(line) > _COMMAND_MAX_BYTES:
+            if len(line) >= _COMMAND_MAX_BYTES:
+                raise ConnectionAbortedError(f"{line!r}... is no command")
+            data = await self._loop.sock_recv(program, _COMMAND_MAX_BYTES - len(line))
+            if not data:
                 raise ConnectionAbortedError("no command came")
             line += data
         command, _, rest = line.partition(b"\n")

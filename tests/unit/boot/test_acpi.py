@@ -16,9 +16,7 @@ from avmm.mem import layout
 from avmm.units import Gpa
 
 DEVICES = [AcpiMmioDevice(i, Gpa(0xD000_0000 + 0x1000 * i), 0x200, 16 + i) for i in range(3)]
-PCI = AcpiPciRoot(
-    Gpa(0xE000_0000), 1 << 20, ((Gpa(0xC000_0000), 1 << 28), (Gpa(1 << 32), 1 << 34))
-)
+PCI = AcpiPciRoot(Gpa(0xE000_0000), 1 << 20, ((Gpa(0xC000_0000), 1 << 28), (Gpa(1 << 32), 1 << 34)))
 
 
 class Tables:

@@ -71,9 +71,7 @@ def test_a_device_refuses(struct: Any, values: dict[str, Any], message: str) -> 
         ({"cpuz": 2}, "vm.toml: unknown key 'cpuz'; did you mean 'cpus'?"),
     ],
 )
-def test_plain_values_are_refused_by_their_whole_path(
-    values: dict[str, Any], message: str
-) -> None:
+def test_plain_values_are_refused_by_their_whole_path(values: dict[str, Any], message: str) -> None:
     with pytest.raises(avmm.ConfigError) as caught:
         Config.from_values({"kernel": "k", **values}, "vm.toml")
     assert message in str(caught.value)

@@ -121,9 +121,7 @@ def test_a_region_that_cannot_be_mapped_takes_the_others_with_it(
     read_only = os.open(f"/proc/self/fd/{memfd}", os.O_RDONLY)
     before = descriptors()
     with pytest.raises(HostError, match="front-end's memory"):
-        memory.replace(
-            table((0, PAGE, 0, 0), (MIB, PAGE, MIB, PAGE)), [memfd, read_only]
-        )
+        memory.replace(table((0, PAGE, 0, 0), (MIB, PAGE, MIB, PAGE)), [memfd, read_only])
     assert descriptors() == before
     os.close(read_only)
 

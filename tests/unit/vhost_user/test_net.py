@@ -38,9 +38,7 @@ async def server(
     class OnWires(Tap, frozen=True):
         device_type: ClassVar[DeviceType] = replace(NET, build=build)
 
-    async with VhostUserServer(
-        OnWires("avtest0"), socket_path, io_threads=request.param
-    ) as server:
+    async with VhostUserServer(OnWires("avtest0"), socket_path, io_threads=request.param) as server:
         yield server
 
 
