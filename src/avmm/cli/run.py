@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import msgspec
+
 from avmm.cli.instance import Instance, claimed
 from avmm.cli.main import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED
 from avmm.cli.terminal import ESCAPE_NAME, Input, Output, is_terminal, raw_mode, watched_size
@@ -23,6 +25,7 @@ from avmm.loop import run as run_loop
 from avmm.machine.config import DEVICE_STRUCTS, Config
 from avmm.machine.machine import MachineStatistics, MicroVM
 from avmm.machine.reason import ExitKind, ExitReason
+from avmm.virtio.devices.vsock import Vsock
 
 _FLUSH_S = 5.0
 _UNNAMED: contextlib.nullcontext[None] = contextlib.nullcontext()
@@ -75,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
     attached = is_terminal()
     try:
         with claimed(options.name) if options.name is not None else _UNNAMED as instance:
+            if instance is not None:
+                config = placed(config, instance)
             ending = run_loop(_run(config, attached, options.stats, instance))
     except asyncio.CancelledError:
         return EXIT_TERMINATED
@@ -90,6 +95,16 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(f"avmm: {ending.reason}", file=sys.stderr)
     return EXIT_ERROR
+
+
+def placed(config: Config, instance: Instance) -> Config:
+    """With the unix socket of its vsock in the instance's folder, if there is to be a vsock and it
+    has no other place."""
+    vsock = Vsock() if config.vsock is True else config.vsock
+    if not vsock or vsock.uds is not None:
+        return config
+    there = msgspec.structs.replace(vsock, uds=str(instance.vsock_path))
+    return msgspec.structs.replace(config, vsock=there)
 
 
 def make_config(options: argparse.Namespace) -> Config:

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from avmm.cli import instance
-from avmm.cli.instance import claimed, find, running
+from avmm.cli.instance import Instance, claimed, find, running
 from avmm.cli.main import main
+from avmm.cli.run import placed
 from avmm.errors import ConfigError, HostError
+from avmm.machine.config import Config
+from avmm.virtio.devices.vsock import Vsock
 
 HOLD = """
 import sys, time
@@ -126,3 +129,12 @@ def test_list_prints_names_and_process_ids(capsys: pytest.CaptureFixture[str]) -
     with claimed("a"), claimed("b"):
         assert main(["list"]) == 0
     assert capsys.readouterr().out == f"a\t{os.getpid()}\nb\t{os.getpid()}\n"
+
+
+def test_the_vsock_of_an_instance_has_its_unix_socket_in_the_folder() -> None:
+    web = Instance("web", Path("/run/user/0/avmm/web"))
+    there = Vsock(uds="/run/user/0/avmm/web/vsock.sock")
+    assert placed(Config(kernel="k", vsock=True), web).vsock == there
+    assert placed(Config(kernel="k", vsock=Vsock(9)), web).vsock == Vsock(9, uds=there.uds)
+    for config in (Config(kernel="k"), Config(kernel="k", vsock=Vsock(uds="/elsewhere"))):
+        assert placed(config, web) is config
