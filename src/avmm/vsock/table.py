@@ -91,7 +91,7 @@ class Table:
             raise _reset(self._closed)
         if len(self._connections) >= CONNECTIONS_MAX:
             remedy = f"it has {CONNECTIONS_MAX} connections; close some"
-            raise HostError("vsock", op="connect", errno=errno.EMFILE, remedy=remedy)
+            raise HostError("vsock", op="connect", remedy=remedy)
         while True:
             port = _FIRST_PORT + next(self._ports) % _PORTS
             if (port, guest_port) not in self._connections:
