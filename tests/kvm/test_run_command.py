@@ -63,6 +63,11 @@ def test_the_exit_code_says_how_the_guest_ended(
     assert bool(result.stderr) == bool(message)
 
 
+def test_what_a_guest_said_before_it_had_a_console_on_virtio_is_shown(tiny_guest: Assemble) -> None:
+    result = run(tiny_guest("putc 'p'\npoweroff"), "--console")
+    assert (result.returncode, result.stdout) == (0, b"p")
+
+
 def test_a_disk_that_cannot_be_is_bad_input(tiny_guest: Assemble, tmp_path: Path) -> None:
     disk = tmp_path / "odd.img"
     disk.write_bytes(bytes(1000))

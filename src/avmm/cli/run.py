@@ -35,7 +35,8 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 _EPILOG = f"""\
 The guest's serial console is on this terminal; {ESCAPE_NAME} ends the guest. Without a terminal,
 bytes are streamed from stdin and to stdout. SIGTERM presses the power button, twice kills.
-With --console the terminal is /dev/hvc0, and the serial port is in avmm attach --serial.
+With --console the terminal is /dev/hvc0, and the serial port is in avmm attach --serial; what a
+guest that never wrote to hvc0 said on its serial port is shown at its end.
 
 Exit status: 0 poweroff or reboot, 1 crash or error, 2 bad input or a host that cannot run it,
 130 Ctrl-C or {ESCAPE_NAME}, 143 SIGTERM before the guest ran.
@@ -252,6 +253,9 @@ async def _attached(vm: MicroVM, attached: bool, stats: bool) -> AsyncIterator[a
                 await asyncio.wait([showing], timeout=_FLUSH_S)
                 showing.cancel()
                 await asyncio.gather(showing, return_exceptions=True)
+                if not vm.console.end and vm.serial is not vm.console:
+                    # It ended before it had that console: all that it said is there.
+                    await output.write(vm.serial.scrollback)
     finally:
         loop.remove_signal_handler(signal.SIGINT)
         loop.remove_signal_handler(signal.SIGTERM)
