@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
@@ -73,12 +74,14 @@ async def test_a_shell_on_hvc0_and_ten_megabytes_each_way_through_ports(
         vm, console = guest.vm, guest.vm.console
         console.resize(99, 41)
         await console.expect(b"SIZE 41 99", timeout=BOOT_LIMIT_S)
+        # Before the guest reads it: a port that is not open here is at its end for Linux.
+        opening = asyncio.create_task(vm.port("down").open())
         reader, _ = await vm.port("up").open()
         digest = hashlib.sha256()
         while data := await reader.read(MIB):
             digest.update(data)
         down = os.urandom(PORT_BYTES)
-        _, writer = await vm.port("down").open()
+        _, writer = await opening
         writer.write(down)
         await writer.drain()
         await console.write(b"echo $((6 * 7)); exit\n")

@@ -77,6 +77,9 @@ class GuestPort:
         the writer closes the port, and what the guest wrote meanwhile is forgotten. limit: as of
         asyncio's streams; the reader holds up to twice as much and 64 KiB.
 
+        For a Linux guest that reads a port which is not open here, it is at its end: open it, or
+        begin to, before the guest does. One that writes waits.
+
         Raises ConfigError("port") when it is open already, HostError("port-closed") when the
         guest has ended, or ends while this waits.
         """
