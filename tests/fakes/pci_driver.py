@@ -9,20 +9,18 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-import fakes.virtio_rig
 from avmm.mem.guest import GuestMemory
 from avmm.pci import function as header
 from avmm.pci import msix
 from avmm.pci.root import RootComplex
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext
-from avmm.virtio.home import Homes
 from avmm.virtio.interrupt import CONFIG_CHANGE, USED_BUFFER, Interrupts
 from avmm.virtio.transport import pci, pci_common
 from fakes.driver import VirtioDriver
 from fakes.driver_queue import DriverQueue
 from fakes.pci_host import ECAM, HIGH, LOW, Cpu, FakeMessages, FakeNotifications
-from fakes.virtio_rig import MEMORY_BYTES
+from fakes.virtio_rig import built
 
 _HANG_S = 20
 _DATA = 0x4041
@@ -194,26 +192,9 @@ async def pci_rig(
     errors: list[BaseException] = []
     messages, notifications = FakeMessages(), FakeNotifications()
     async with AsyncExitStack() as stack:
-        memory = GuestMemory.create(MEMORY_BYTES)
-        stack.callback(memory.close)
         root = RootComplex(ECAM, (LOW, HIGH))
         stack.callback(root.close)
-        interrupts = Interrupts()
-        stack.callback(interrupts.close)
-        homes = Homes.create(asyncio.get_running_loop(), threads=io_threads, poll_us=50)
-        stack.callback(homes.close)
-        device = await build(
-            DeviceContext(
-                id="test0",
-                memory=memory,
-                interrupts=interrupts,
-                homes=homes,
-                loop=asyncio.get_running_loop(),
-                stack=stack,
-                on_error=errors.append,
-                ring=fakes.virtio_rig.ring,
-            )
-        )
+        device, memory = await built(build, Interrupts(), errors, stack, io_threads=io_threads)
         transport = pci.PciTransport(device, messages, notifications, notify_bytes=0)
         stack.callback(transport.close)
         stack.push_async_callback(device.end)

@@ -47,27 +47,41 @@ async def virtio_rig(
     """Built and taken down in the order in which the machine does it."""
     errors: list[BaseException] = []
     async with AsyncExitStack() as stack:
-        memory = GuestMemory.create(MEMORY_BYTES)
-        stack.callback(memory.close)
         irq_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         stack.callback(os.close, irq_fd)
         interrupts = Interrupts(irq_fd)
-        stack.callback(interrupts.close)
-        homes = Homes.create(asyncio.get_running_loop(), threads=io_threads, poll_us=50)
-        stack.callback(homes.close)
-        device = await build(
-            DeviceContext(
-                id="test0",
-                memory=memory,
-                interrupts=interrupts,
-                homes=homes,
-                loop=asyncio.get_running_loop(),
-                stack=stack,
-                on_error=errors.append,
-                ring=ring,
-                cpus=cpus,
-            )
+        device, memory = await built(
+            build, interrupts, errors, stack, io_threads=io_threads, cpus=cpus
         )
         stack.push_async_callback(device.end)
         transport = MmioTransport(device)
         yield Rig(device, transport, MmioDriver(transport, memory, irq_fd), memory, errors)
+
+
+async def built(
+    build: Callable[[DeviceContext], Awaitable[D]],
+    interrupts: Interrupts,
+    errors: list[BaseException],
+    stack: AsyncExitStack,
+    *,
+    io_threads: int = 0,
+    cpus: int = 1,
+) -> tuple[D, GuestMemory]:
+    """A device with memory and homes of its own. stack: closes them, and `interrupts`."""
+    memory = GuestMemory.create(MEMORY_BYTES)
+    stack.callback(memory.close)
+    stack.callback(interrupts.close)
+    homes = Homes.create(asyncio.get_running_loop(), threads=io_threads, poll_us=50)
+    stack.callback(homes.close)
+    context = DeviceContext(
+        id="test0",
+        memory=memory,
+        interrupts=interrupts,
+        homes=homes,
+        loop=asyncio.get_running_loop(),
+        stack=stack,
+        on_error=errors.append,
+        ring=ring,
+        cpus=cpus,
+    )
+    return await build(context), memory
