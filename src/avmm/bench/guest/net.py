@@ -23,7 +23,7 @@ SUITE = "net-guest"
 CONTENDERS = (AVMM, AVMM_THREAD, QEMU, QEMU_MICROVM, KVMTOOL)
 VHOST = (AVMM_VHOST, QEMU_VHOST)
 """Where the host's kernel moves the packets, in rows of their own."""
-_SECONDS_MIN = 2.0
+_SECONDS_MIN = 1.5
 _AIM = 1.3
 
 

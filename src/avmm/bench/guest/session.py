@@ -16,7 +16,7 @@ from avmm.bench.guest.contenders import Contender, Machine
 from avmm.bench.guest.meter import Meter, Sample, virtual_machines
 from avmm.errors import HostError
 
-SILENCE_LIMIT_S = 60.0
+SILENCE_LIMIT_S = 40.0
 """A guest that says nothing for so long hangs: a boot takes seconds, and so does a row."""
 
 _USER_SPACE = re.compile(r"AVMM-GUEST: userspace ([\d.]+)")
