@@ -11,10 +11,10 @@ from avmm.bench.record import GOAL, LIMIT, OWN
 from avmm.bench.suite import Options
 
 
-def test_the_suite_measures_starts_rates_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_rates_and_memory_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embed, "ALIVE", (1, 3))
     monkeypatch.setattr(embed, "_LIMIT_TRIES", 1)
-    measured = list(embed.cases(Options(runs=1, seconds=0.001)))
+    measured = list(embed.lives(Options(runs=1, seconds=0.001)))
     assert [case.name.split(",")[0] for case in measured] == [
         *("create to first instruction", "start and stop"),
         *("create to first instruction", "start and stop", "memory of a VM without its guest's"),
@@ -32,6 +32,6 @@ def test_what_the_limit_of_open_files_forbids_is_left_out(monkeypatch: pytest.Mo
     monkeypatch.setattr(resource, "getrlimit", lambda which: (5, 5))
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: None)
     left_out: list[str] = []
-    assert not list(embed.cases(Options(runs=1, seconds=0.001, leave_out=left_out.append)))
+    assert not list(embed.lives(Options(runs=1, seconds=0.001, leave_out=left_out.append)))
     assert "embed with 500 alive: 6000 open files are needed and 5 allowed" in left_out[-1]
     assert "ulimit -Hn" in left_out[-1]

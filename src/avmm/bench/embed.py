@@ -69,6 +69,13 @@ class Figures:
 
 def cases(options: Options) -> Iterator[Case]:
     """See the suite protocol. Needs /dev/kvm."""
+    yield from lives(options)
+    yield from python_disk.cases(SUITE, options)
+    yield from console.cases(SUITE, options)
+
+
+def lives(options: Options) -> Iterator[Case]:
+    """The rows of microVMs that come and go."""
     with tempfile.TemporaryDirectory(prefix="avmm-bench-") as folder:
         path = os.path.join(folder, "guest")
         Path(path).write_bytes(GUEST)
@@ -86,8 +93,6 @@ def cases(options: Options) -> Iterator[Case]:
                 figures = run_loop(_measure(config, alive, options))
                 alone = alone or figures.first_s
                 yield from _cases(alive, figures, alone, limit)
-    yield from python_disk.cases(SUITE, options)
-    yield from console.cases(SUITE, options)
 
 
 def _cases(alive: int, figures: Figures, alone: list[float], limit: list[float]) -> Iterator[Case]:
