@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from avmm.console.server import ConsoleServer
     from avmm.errors import AvmmError, BugError, ConfigError, GuestFault, HostError, SnapshotError
     from avmm.hostnet.cable import LinkStatistics
-    from avmm.hostnet.switch import Port, Switch, SwitchPort
+    from avmm.hostnet.fabric import CaptureStatistics, Link, PortStatistics, SwitchStatistics
+    from avmm.hostnet.switch import Capture, Port, Switch, SwitchPort
     from avmm.legacy.serial16550 import SerialStatistics
     from avmm.machine.config import Config
     from avmm.machine.events import (
@@ -56,6 +57,8 @@ _HOMES = {
     "AsyncDisk": "avmm.virtio.devices.blk_source",
     "AvmmError": "avmm.errors",
     "BugError": "avmm.errors",
+    "Capture": "avmm.hostnet.switch",
+    "CaptureStatistics": "avmm.hostnet.fabric",
     "Chain": "avmm.virtio.python_device",
     "Config": "avmm.machine.config",
     "ConfigError": "avmm.errors",
@@ -77,6 +80,7 @@ _HOMES = {
     "GuestPort": "avmm.virtio.devices.port",
     "HomeStatistics": "avmm.virtio.home",
     "HostError": "avmm.errors",
+    "Link": "avmm.hostnet.fabric",
     "LinkChanged": "avmm.machine.events",
     "LinkStatistics": "avmm.hostnet.cable",
     "MachineStatistics": "avmm.machine.machine",
@@ -85,6 +89,7 @@ _HOMES = {
     "Paused": "avmm.machine.events",
     "Port": "avmm.hostnet.switch",
     "Ports": "avmm.virtio.devices.ports",
+    "PortStatistics": "avmm.hostnet.fabric",
     "PythonDevice": "avmm.virtio.python_device",
     "QueueStatistics": "avmm.virtio.queue",
     "Resumed": "avmm.machine.events",
@@ -97,6 +102,7 @@ _HOMES = {
     "StopRequested": "avmm.machine.events",
     "Switch": "avmm.hostnet.switch",
     "SwitchPort": "avmm.hostnet.switch",
+    "SwitchStatistics": "avmm.hostnet.fabric",
     "Tap": "avmm.virtio.devices.net",
     "VcpuStatistics": "avmm.machine.vcpu.thread",
     "VhostUserServer": "avmm.vhost_user.server",
@@ -108,6 +114,8 @@ __all__ = [
     "AsyncDisk",
     "AvmmError",
     "BugError",
+    "Capture",
+    "CaptureStatistics",
     "Chain",
     "Config",
     "ConfigError",
@@ -129,6 +137,7 @@ __all__ = [
     "GuestPort",
     "HomeStatistics",
     "HostError",
+    "Link",
     "LinkChanged",
     "LinkStatistics",
     "MachineStatistics",
@@ -136,6 +145,7 @@ __all__ = [
     "Nic",
     "Paused",
     "Port",
+    "PortStatistics",
     "Ports",
     "PythonDevice",
     "QueueStatistics",
@@ -149,6 +159,7 @@ __all__ = [
     "StopRequested",
     "Switch",
     "SwitchPort",
+    "SwitchStatistics",
     "Tap",
     "VcpuStatistics",
     "VhostUserServer",

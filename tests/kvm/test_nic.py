@@ -87,3 +87,14 @@ async def test_an_iteration_ends_with_the_guest(tiny_guest: Assemble) -> None:
                 await vm.kill()
         assert count >= 3
     assert await nic.receive() == b""
+
+
+async def test_a_cable_that_is_pulled_is_an_event(tiny_guest: Assemble) -> None:
+    nic = avmm.Nic()
+    vm = avmm.MicroVM(config(tiny_guest(SENDER), nic))
+    events = vm.events()
+    async with vm:
+        nic.set_link(False)
+        vm.set_link("net0", True)
+    changes = [event.up async for event in events if isinstance(event, avmm.LinkChanged)]
+    assert changes == [False, True]

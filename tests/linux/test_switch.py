@@ -69,8 +69,10 @@ async def test_the_example_of_three_vms(guests: Guests, tmp_path: Path) -> None:
     assert len(packets(capture)) > 3 * three_vms.MEGABYTE // 1500
 
 
+# nc goes on to receive as long as there may be something to send: a pipe nobody closes.
 SERVER = f"""
-nc -l -p {PORT} </dev/null >/got &
+mkfifo /hold
+nc -l -p {PORT} <>/hold >/got &
 until grep -q ':{PORT:04X} .* 0A ' /proc/net/tcp /proc/net/tcp6; do usleep 10000; done
 echo LISTENING
 wait $!

@@ -205,7 +205,8 @@ class Switch:
     It learns which address is behind which port and forgets it after a while; frames for a group
     or for nobody known go to all ports. Large frames pass from guest to guest as they are, with
     their offloads; who cannot take them gets them in segments. A port that reads slowly loses
-    frames (PortStatistics.dropped) and does not hold up the others.
+    frames (PortStatistics.dropped) and does not hold up the others. As any plain switch it believes
+    senders: who sends with another's address gets its frames until that one sends again.
 
     seed: of the links' loss and jitter, which for a port depend on nothing else. addresses_max,
     port_addresses_max: that it knows, of all ports and of each. age_s: an address that was not

@@ -46,13 +46,14 @@ End = Callable[[ExitReason], None]
 class Reports:
     """Whom the parts tell what happens; all are called on the loop.
 
-    end: whenever the machine has to end, maybe many times. fault, ready: of a device, by its id:
-    what the guest did wrong, whether its driver is set up.
+    end: whenever the machine has to end, maybe many times. fault, ready, link: of a device, by its
+    id: what the guest did wrong, whether its driver is set up, whether its cable is in.
     """
 
     end: End
     fault: Callable[[str, GuestFault], None]
     ready: Callable[[str, bool], None]
+    link: Callable[[str, bool], None]
     console_closed: Callable[[], None]
 
 
@@ -91,7 +92,14 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
         stack.callback(homes.close)
         backplane = _backplane(config, kvm, vm, platform, stack)
         surroundings = Surroundings(
-            memory, homes, stack, config.cpus, on_error, reports.fault, reports.ready
+            memory,
+            homes,
+            stack,
+            config.cpus,
+            on_error,
+            reports.fault,
+            reports.ready,
+            reports.link,
         )
         devices = await plug(slots, backplane, surroundings)
         prepared = await asyncio.shield(preparing)

@@ -73,7 +73,7 @@ class DeviceFault(Event):
 
 @dataclass(frozen=True, slots=True)
 class LinkChanged(Event):
-    """set_link() plugged a NIC's cable in or out."""
+    """A NIC's cable was plugged in or out: by set_link(), or because its TAP is gone."""
 
     device: str
     up: bool

@@ -249,7 +249,6 @@ class MicroVM:
         if not isinstance(device, NetDevice):
             raise ConfigError("device", f"set_link: this microVM has no NIC {id!r}")
         device.set_link(up)
-        self._events.publish(LinkChanged(self._events.now(), id, up))
 
     def events(self, limit: int = EVENTS_LIMIT) -> Events:
         """What happens from this call on: `async for event in vm.events()`.
@@ -367,10 +366,13 @@ class MicroVM:
         def on_ready(id: str, ready: bool) -> None:
             events.publish((DriverReady if ready else DriverGone)(events.now(), id))
 
+        def on_link(id: str, up: bool) -> None:
+            events.publish(LinkChanged(events.now(), id, up))
+
         def on_console_closed() -> None:
             events.publish(ConsoleClosed(events.now()))
 
-        return Reports(self._end, on_fault, on_ready, on_console_closed)
+        return Reports(self._end, on_fault, on_ready, on_link, on_console_closed)
 
     def _belong(self, call: str) -> None:
         """Raises ConfigError("loop") unless this is the microVM's loop, or at least its thread."""

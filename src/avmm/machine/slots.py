@@ -75,6 +75,7 @@ class Surroundings:
     on_error: Callable[[BaseException], None]
     on_fault: Callable[[str, GuestFault], None]
     on_ready: Callable[[str, bool], None]
+    on_link: Callable[[str, bool], None]
 
     def context(self, slot: Slot, interrupts: Interrupts) -> DeviceContext:
         """For the device of one slot."""
@@ -90,6 +91,7 @@ class Surroundings:
             ring=slot.ring,
             on_fault=self.on_fault,
             on_ready=self.on_ready,
+            on_link=self.on_link,
         )
 
 

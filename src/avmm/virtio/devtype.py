@@ -27,7 +27,8 @@ class DeviceContext:
     cpus: the guest's, for devices that have a queue for each.
     ring: the layout of rings that the device offers.
     on_fault, on_ready: called on the loop with the id when the guest broke the specification, and
-    when its driver has set the device up or left it; only to be told.
+    when its driver has set the device up or left it; only to be told. on_link: so when a NIC's
+    cable was plugged in or out.
     """
 
     id: str
@@ -41,6 +42,7 @@ class DeviceContext:
     ring: RingLayout = RING_DEFAULT
     on_fault: Callable[[str, GuestFault], None] = lambda id, fault: None
     on_ready: Callable[[str, bool], None] = lambda id, ready: None
+    on_link: Callable[[str, bool], None] = lambda id, up: None
 
 
 @dataclass(frozen=True, slots=True)

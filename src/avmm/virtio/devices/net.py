@@ -321,6 +321,7 @@ class NetDevice(VirtioDevice):
         self._pairs.set_link(up)
         self._announcing = self._can_announce()
         self.set_config(self._config())
+        self.context.on_link(self.context.id, up)
 
     def _can_announce(self) -> bool:
         wanted = self.state.features & features.NET_GUEST_ANNOUNCE
