@@ -35,11 +35,17 @@ async def main(kernel: str, initrd: str) -> None:
         rng=True,
     )
     vm = avmm.MicroVM(config)
-    async with asyncio.TaskGroup() as group, vm:
+    async with asyncio.TaskGroup() as group:
         group.create_task(report(vm.events()))
+        await talk(vm)
+
+
+async def talk(vm: avmm.MicroVM) -> None:
+    """The guest's life."""
+    async with vm:
         await vm.console.expect(rb"# ", timeout=300)
         await vm.console.write(b"echo hello from $(uname -sr)\n")
-        match = await vm.console.expect(rb"hello from (Linux \S+)", timeout=60)
+        match = await vm.console.expect(rb"hello from (Linux \S+)\r?\n", timeout=60)
         print(f"the guest is {match[1].decode()}")
         await vm.stop(grace_s=30)
 
