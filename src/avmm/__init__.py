@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from avmm.agent.client import Agent
+    from avmm.agent.process import Process
+    from avmm.agent.protocol import FileEntry, FileStat
     from avmm.console.console import Console
     from avmm.console.server import ConsoleServer
     from avmm.errors import AvmmError, BugError, ConfigError, GuestFault, HostError, SnapshotError
@@ -54,6 +57,10 @@ if TYPE_CHECKING:
     from avmm.virtio.queue import QueueStatistics
 
 _HOMES = {
+    "Agent": "avmm.agent.client",
+    "FileEntry": "avmm.agent.protocol",
+    "FileStat": "avmm.agent.protocol",
+    "Process": "avmm.agent.process",
     "AsyncDisk": "avmm.virtio.devices.blk_source",
     "AvmmError": "avmm.errors",
     "BugError": "avmm.errors",
@@ -111,6 +118,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Agent",
     "AsyncDisk",
     "AvmmError",
     "BugError",
@@ -133,6 +141,8 @@ __all__ = [
     "EventsLost",
     "ExitKind",
     "ExitReason",
+    "FileEntry",
+    "FileStat",
     "GuestFault",
     "GuestPort",
     "HomeStatistics",
@@ -147,6 +157,7 @@ __all__ = [
     "Port",
     "PortStatistics",
     "Ports",
+    "Process",
     "PythonDevice",
     "QueueStatistics",
     "Resumed",

@@ -3,7 +3,8 @@
 Guests of four instructions in this process: the first writes to the console, which is how the
 program knows that it ran; then they halt. How many others are alive is in a row's name. The limit
 is a VM made of KVM's own calls alone, with nothing around it. And what a disk written in Python
-does (python_disk.py), and the streams of consoles and ports (console.py).
+does (python_disk.py), the streams of consoles and ports (console.py), and the guest agent
+(agent.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from avmm.bench import console, python_disk
+from avmm.bench import agent, console, python_disk
 from avmm.bench.record import GOAL, LIMIT, OWN, Aim, Case
 from avmm.bench.suite import Options
 from avmm.bench.tiny import elf
@@ -72,6 +73,7 @@ def cases(options: Options) -> Iterator[Case]:
     yield from lives(options)
     yield from python_disk.cases(SUITE, options)
     yield from console.cases(SUITE, options)
+    yield from agent.cases(SUITE, options)
 
 
 def lives(options: Options) -> Iterator[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
 from avmm.errors import ConfigError
 
@@ -40,3 +41,11 @@ def network_address(address: str, gateway: str | None, device: str) -> str:
     """The `ip=` parameter that gives `device` an address with its prefix, and maybe a gateway."""
     interface = ipaddress.IPv4Interface(address)
     return f"ip={interface.ip}::{gateway or ''}:{interface.netmask}::{device}:off"
+
+
+def with_rdinit(cmdline: str, path: str) -> tuple[str, str]:
+    """The command line with `path` as the initramfs's first program, and the one it had before."""
+    kernels, separator, inits = re.match(r"(?s)(.*?)((?:^|\s)--(?:\s|$)|$)(.*)", cmdline).groups()  # type: ignore[union-attr]
+    given = re.findall(r"(?:^|\s)rdinit=(\S+)", kernels)
+    kernels = re.sub(r"(?:^|\s)rdinit=\S+", "", kernels)
+    return f"{kernels} rdinit={path}{separator}{inits}".strip(), given[-1] if given else "/init"

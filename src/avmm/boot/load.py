@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from avmm.boot import bzimage, cmdline, elf, entry, pvh, zeropage
+from avmm.boot import bzimage, cmdline, cpio, elf, entry, pvh, zeropage
 from avmm.boot.acpi.tables import AcpiMmioDevice, AcpiPciRoot, build_tables
 from avmm.boot.entry import EntryRegs
 from avmm.boot.zeropage import Placement
@@ -40,7 +40,10 @@ says, and without EFI runtime services jumps to the firmware's entry in real mod
 
 @dataclass(frozen=True, slots=True)
 class BootSource:
-    """What to boot. kernel_format: "auto", or the one way to take; see load()."""
+    """What to boot. kernel_format: "auto", or the one way to take; see load().
+
+    initrd_extra: a cpio archive to stand behind the initrd.
+    """
 
     kernel: str
     initrd: str | None
@@ -49,6 +52,7 @@ class BootSource:
     devices: Sequence[AcpiMmioDevice] = ()
     pci: AcpiPciRoot | None = None
     kernel_format: KernelFormat = "auto"
+    initrd_extra: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +90,10 @@ def load(memory: GuestMemory, source: BootSource) -> EntryRegs:
         limit = image.setup.cmdline_max if image.setup else cmdline.LINUX_MAX_BYTES
         line = cmdline.encode(source.cmdline, min(limit, layout.CMDLINE_MAX_BYTES - 1))
         with _mapped(source.initrd, "initrd") as initrd:
-            _check_room(memory, source, image, len(initrd))
+            initrd_bytes = _initrd_bytes(source, initrd)
+            _check_room(memory, source, image, initrd_bytes)
             pvh_entry = _place_kernel(memory, source, image)
             initrd_at = _place_initrd(memory, source, image, initrd)
-            initrd_bytes = len(initrd)
         memory.write(layout.CMDLINE, line)
         tables, rsdp = build_tables(source.cpus, source.devices, source.pci)
         memory.write(layout.ACPI_TABLES, tables)
@@ -211,10 +215,17 @@ def _place_initrd(
     """As high as may be, so that it never stands in the way of the kernel's own growth."""
     if not initrd:
         return Gpa(0)
-    top = _initrd_top(memory, image)
-    gpa = Gpa((top - len(initrd)) // PAGE_BYTES * PAGE_BYTES)
+    top, size_bytes = _initrd_top(memory, image), _initrd_bytes(source, initrd)
+    gpa = Gpa((top - size_bytes) // PAGE_BYTES * PAGE_BYTES)
     memory.write(gpa, initrd)
+    memory.write(Gpa(gpa + size_bytes - len(source.initrd_extra)), source.initrd_extra)
     return gpa
+
+
+def _initrd_bytes(source: BootSource, initrd: memoryview) -> int:
+    if not source.initrd_extra:
+        return len(initrd)
+    return len(initrd) + cpio.padding(len(initrd)) + len(source.initrd_extra)
 
 
 def _enter(

@@ -49,6 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     _LazyOptions(attach, "avmm.cli.attach")
     listing = commands.add_parser("list", help="the running microVMs that have a name")
     _LazyOptions(listing, "avmm.cli.list")
+    raw = argparse.RawDescriptionHelpFormatter
+    exec_ = commands.add_parser(
+        "exec", help="run a command in the guest of a named microVM", formatter_class=raw
+    )
+    _LazyOptions(exec_, "avmm.cli.exec")
+    cp = commands.add_parser(
+        "cp", help="copy a file into such a guest or out of it", formatter_class=raw
+    )
+    _LazyOptions(cp, "avmm.cli.cp")
     vhost_user = commands.add_parser(
         "vhost-user", help="serve a disk or a NIC to another VMM's guest"
     )

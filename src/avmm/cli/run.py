@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -81,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         with claimed(options.name) if options.name is not None else _UNNAMED as instance:
             if instance is not None:
                 config = placed(config, instance)
+                _link_socket(config, instance)
             ending = run_loop(_run(config, attached, options.stats, instance))
     except asyncio.CancelledError:
         return EXIT_TERMINATED
@@ -101,11 +103,20 @@ def run(options: argparse.Namespace) -> int:
 def placed(config: Config, instance: Instance) -> Config:
     """With the unix socket of its vsock in the instance's folder, if there is to be a vsock and it
     has no other place."""
-    vsock = Vsock() if config.vsock is True else config.vsock
-    if not vsock or vsock.uds is not None:
+    if not config.vsock and not config.agent:
+        return config
+    vsock = config.vsock if isinstance(config.vsock, Vsock) else Vsock()
+    if vsock.uds is not None:
         return config
     there = msgspec.structs.replace(vsock, uds=str(instance.vsock_path))
     return msgspec.structs.replace(config, vsock=there)
+
+
+def _link_socket(config: Config, instance: Instance) -> None:
+    """Where `avmm exec` looks for it, for a vsock whose socket has another place."""
+    path = config.vsock.uds if isinstance(config.vsock, Vsock) else None
+    if path is not None and path != str(instance.vsock_path):
+        instance.vsock_path.symlink_to(os.path.abspath(path))
 
 
 def make_config(options: argparse.Namespace) -> Config:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
+from avmm.agent.program import agent_archive
 from avmm.boot.entry import EntryRegs
 from avmm.boot.load import BootSource, load
 from avmm.console.console import Console
@@ -169,6 +170,7 @@ async def _preparing(
         devices=acpi_devices(slots) if config.transport == "mmio" else (),
         pci=acpi_root(config.memory_bytes) if config.transport == "pci" else None,
         kernel_format=config.kernel_format,
+        initrd_extra=agent_archive(config.next_init()) if config.agent and config.initrd else b"",
     )
     preparing = on_thread(_prepare, kvm, memory, source)
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
-from avmm.boot.cmdline import guest_address, network_address
+from avmm.agent.program import RDINIT, check_program
+from avmm.boot.cmdline import guest_address, network_address, with_rdinit
 from avmm.config import Checked, convert, parse_option, read_file
 from avmm.console.console import SCROLLBACK_BYTES, check_scrollback
 from avmm.errors import ConfigError
@@ -80,6 +81,13 @@ class Config(Checked, frozen=True, kw_only=True):
         bool | VirtioConsole, _meta("give the guest a console on virtio, /dev/hvc0")
     ] = False
     ports: Annotated[Ports | None, _meta("byte streams to programs in the guest")] = None
+    agent: Annotated[
+        bool,
+        _meta(
+            "add the guest agent to the initrd, for exec and cp; without an initrd the guest "
+            "has to start one itself"
+        ),
+    ] = False
     transport: Annotated[
         Literal["pci", "mmio"],
         _meta("how devices are attached: pci (fast, up to 31) or mmio (small, up to 15)"),
@@ -107,6 +115,8 @@ class Config(Checked, frozen=True, kw_only=True):
         super().__post_init__()
         self._check_cpus()
         self._check_memory()
+        if self.agent and self.initrd:
+            check_program()
         if not self.stop_grace_s >= 0:
             raise ConfigError("grace", f"stop_grace_s: {self.stop_grace_s} is negative or no time")
         check_scrollback(self.scrollback, "scrollback")
@@ -137,7 +147,8 @@ class Config(Checked, frozen=True, kw_only=True):
         """(id, config struct) of each device, in the order of their slots."""
         found: list[tuple[str, DeviceConfig]] = []
         rng = [self.rng if isinstance(self.rng, Rng) else Rng()] if self.rng else []
-        vsock = [self.vsock if isinstance(self.vsock, Vsock) else Vsock()] if self.vsock else []
+        wanted = self.vsock or self.agent
+        vsock = [self.vsock if isinstance(self.vsock, Vsock) else Vsock()] if wanted else []
         groups: tuple[Sequence[DeviceConfig], ...] = (
             *(self.disks, self.nets, rng, vsock, self._consoles()),
             [self.ports] if self.ports is not None else [],
@@ -154,8 +165,8 @@ class Config(Checked, frozen=True, kw_only=True):
         return [VirtioConsole()] if self.console else []
 
     def full_cmdline(self) -> str:
-        """The command line with an ip= parameter for each NIC that asks for an address, and
-        console=hvc0 for a console on virtio."""
+        """The command line, with ip= for NICs that ask for an address, console=hvc0 for a console
+        on virtio, and the agent's rdinit=."""
         words = [self.cmdline]
         if self.console and "console=hvc" not in self.cmdline:
             words.append("console=hvc0")
@@ -166,7 +177,12 @@ class Config(Checked, frozen=True, kw_only=True):
                 words.append(network_address(net.guest, net.gateway, f"eth{index}"))
             elif net.host is not None:
                 words.append(guest_address(net.guest, net.host, f"eth{index}"))
-        return " ".join(word for word in words if word)
+        line = " ".join(word for word in words if word)
+        return with_rdinit(line, RDINIT)[0] if self.agent and self.initrd else line
+
+    def next_init(self) -> str:
+        """The initrd's own first program, before which the agent is started."""
+        return with_rdinit(self.cmdline, RDINIT)[1]
 
     def check_host(self, total_bytes: int | None = None) -> None:
         """Raises ConfigError("memory") when this host has less RAM than the guest wants.

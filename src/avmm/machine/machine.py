@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from avmm.agent.protocol import AGENT_PORT
 from avmm.console.console import Console
 from avmm.errors import ConfigError, GuestFault
 from avmm.frozen import FrozenDict
@@ -33,6 +35,7 @@ from avmm.machine.events import (
     Started,
     StopRequested,
 )
+from avmm.machine.guest import GuestCalls
 from avmm.machine.lifecycle import State, uninterrupted
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.vcpu.thread import VcpuStatistics
@@ -44,6 +47,9 @@ from avmm.virtio.devices.ports import PortsDevice
 from avmm.virtio.devices.vsock import VsockDevice
 from avmm.virtio.home import HomeStatistics
 from avmm.vsock.host import VsockHost
+
+if TYPE_CHECKING:
+    from avmm.agent.client import Agent
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +70,7 @@ class MachineStatistics:
     homes: tuple[HomeStatistics, ...]
 
 
-class MicroVM:
+class MicroVM(GuestCalls):
     """A microVM, which lives once: new, starting, running (or paused), stopping, stopped.
 
     `async with MicroVM(config) as vm:` starts it and, on every way out, stops it and gives back
@@ -90,6 +96,7 @@ class MicroVM:
         self._turning = asyncio.Lock()
         self._events = EventHub()
         self._last_statistics: MachineStatistics | None = None
+        self._guest_agent: Agent | None = None
         self._start_s = 0.0
         self._stop_asked = False
         self._close_asked = False
@@ -193,16 +200,24 @@ class MicroVM:
         The reason is STOPPED when the guest powered off in time, KILLED when it did not.
         """
         parts = self._running_parts("stop", ended=True)
-        if self._ended is not None and not self._ended.done():
-            if self._state is State.PAUSED or self._turning.locked():
-                await self.resume()
-            grace = self.config.stop_grace_s if grace_s is None else grace_s
-            self._stop_asked = True
-            self._events.publish(StopRequested(self._events.now(), grace))
+
+        async def press() -> None:
             parts.power.press_power_button()
-            await asyncio.wait([self._ended], timeout=grace)
-            self._end(ExitReason(ExitKind.KILLED, f"no poweroff within {grace:g} s of the request"))
-        return await self.wait()
+
+        return await self._stop(press, grace_s)
+
+    async def shutdown(self, grace_s: float | None = None) -> ExitReason:
+        """As stop(), but by the guest's agent: for guests that do not listen to a power button.
+
+        The agent asks the guest's init, if that is one it knows (systemd, busybox), and otherwise
+        ends all processes, makes the disks' file systems clean and powers off itself. Raises
+        ConfigError("agent"), HostError as exec() does.
+        """
+        self._running_parts("shutdown", ended=True)
+        ended = self._ended is None or self._ended.done()
+        return await (
+            self.wait() if ended else self._stop(self._agent("shutdown").shutdown, grace_s)
+        )
 
     async def kill(self) -> ExitReason:
         """End the guest now, as if its power was cut; acknowledged writes are in the files."""
@@ -294,6 +309,30 @@ class MicroVM:
             devices=FrozenDict((name, dev.statistics()) for name, dev in parts.devices.items()),
             homes=parts.homes.statistics(),
         )
+
+    async def _stop(self, ask: Callable[[], Awaitable[None]], grace_s: float | None) -> ExitReason:
+        if self._ended is not None and not self._ended.done():
+            if self._state is State.PAUSED or self._turning.locked():
+                await self.resume()
+            grace = self.config.stop_grace_s if grace_s is None else grace_s
+            self._stop_asked = True
+            self._events.publish(StopRequested(self._events.now(), grace))
+            await ask()
+            await asyncio.wait([self._ended], timeout=grace)
+            self._end(ExitReason(ExitKind.KILLED, f"no poweroff within {grace:g} s of the request"))
+        return await self.wait()
+
+    def _agent(self, call: str) -> Agent:
+        if not self.config.agent:
+            raise self._no_agent(call)
+        self._running_parts(call)
+        if self._guest_agent is None:
+            from avmm.agent.client import Agent
+
+            self._guest_agent = Agent(functools.partial(self.vsock.connect, AGENT_PORT))
+            # The first to go, before the device its connections are on.
+            self._stack.push_async_callback(self._guest_agent.closed)
+        return self._guest_agent
 
     async def _go_on(self, parts: Parts) -> None:
         for device in parts.devices.values():
