@@ -61,6 +61,8 @@ class MicroVMs:
         await vm.start()
         return vm
 
+    # What follows is for the fixture.
+
     def close(self) -> None:
         """End all that were started, each on its loop; what fails does so when all have ended."""
         import asyncio

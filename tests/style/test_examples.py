@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from style.mypy_strict import strict
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples").glob("*.py"))
@@ -76,15 +77,6 @@ config = avmm.Config(kernel=3)
 events = avmm.MicroVM(avmm.Config(kernel="k")).events(limit="many")
 print(avmm.ExitKind.NEVER, events)
 """
-
-
-def strict(*paths: Path, cache: Path) -> tuple[int, str]:
-    pytest.importorskip("mypy", reason="mypy is not installed: pip install '.[dev]'")
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull]
-    command += ["--cache-dir", str(cache), *map(str, paths)]
-    environment = os.environ | {"MYPYPATH": str(ROOT / "src"), "PYTHONPATH": str(ROOT / "src")}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    return ran.returncode, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -140,6 +140,8 @@ class Agent:
         async with self.connection() as connection:
             await connection.request(Type.SHUTDOWN, protocol.pack_number(reboot))
 
+    # What follows is for the microVM.
+
     def close(self) -> None:
         """Give every connection up, and with it the commands that still run. Idempotent."""
         self._closed = True

@@ -86,6 +86,8 @@ class Link:
         if rate is not None and not (rate >= 8 and math.isfinite(rate)):
             raise ConfigError("link", f"bits_per_s: {rate} is not 8 or more")
 
+    # What follows is for the switch.
+
     def native(self) -> CData:
         """A `struct av_switch_link *`."""
         link = ffi.new("struct av_switch_link *")

@@ -131,6 +131,8 @@ class Port(FrameStream):
         """Leave the switch. Idempotent."""
         self.port.detach()
 
+    # What follows is for the switch.
+
     def take_end(self, switch: str) -> CableEnd:
         """The switch's end."""
         self._switch_end.set_up(True)

@@ -143,6 +143,8 @@ class Config(Checked, frozen=True, kw_only=True):
         """What is kept of the serial console's output."""
         return parse_size(self.scrollback, "scrollback")
 
+    # What follows is for the machine.
+
     def all_devices(self) -> list[tuple[str, DeviceConfig]]:
         """(id, config struct) of each device, in the order of their slots."""
         found: list[tuple[str, DeviceConfig]] = []

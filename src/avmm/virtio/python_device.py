@@ -138,6 +138,8 @@ class PythonDevice:
         if self._driven is not None:
             self._driven.set_config(data)
 
+    # What follows is for the machine.
+
     @property
     def device_type(self) -> DeviceType:
         """What the machine is told of this device."""

@@ -64,6 +64,8 @@ class VsockServer:
         """Wait until it is closed and the last of its connections has ended."""
         await self._idle.wait()
 
+    # What follows is for the host.
+
     def take(self, loop: asyncio.AbstractEventLoop, connection: Connection) -> None:
         """A connection of the guest's, accepted."""
         transport = StreamTransport(loop, connection, self._factory())
@@ -165,6 +167,8 @@ class VsockHost:
         server = VsockServer(port, factory, self._servers.__delitem__)
         self._servers[port] = server
         return server
+
+    # What follows is for the device.
 
     async def close(self) -> None:
         """End all: streams with ConnectionResetError, servers, their tasks. Idempotent."""

@@ -110,6 +110,8 @@ class Nic(FrameStream):
         if self._plug is not None:
             self._plug.tell_link(up)
 
+    # What follows is for switches and devices.
+
     def take_end(self, switch: str) -> CableEnd:
         """Give Python's end to a switch. Raises ConfigError("nic-busy")."""
         self._check()
