@@ -49,7 +49,8 @@ async def run_guests(kernel: str, initrd: str, nics: list[avmm.Nic]) -> list[int
     ):
         vms = [one, two, three]
         await asyncio.gather(*(shell(vm, f"ping -c 2 -W 10 {HOST}") for vm in vms))
-        await asyncio.gather(*(shell(vm, "mkfifo /hold; nc -l -p 7 <>/hold >/got & sleep 1") for vm in vms))
+        listen = "mkfifo /hold; nc -l -p 7 <>/hold >/got & sleep 1"
+        await asyncio.gather(*(shell(vm, listen) for vm in vms))
         await asyncio.gather(
             *(
                 shell(vm, f"head -c {MEGABYTE} /dev/zero | nc 10.9.0.{(n + 1) % GUESTS + 2} 7")
