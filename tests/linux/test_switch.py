@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import re
 import struct
 from pathlib import Path
-from types import ModuleType
 
 import avmm
 from avmm.units import MIB
 from linux.guest import Guests, Running
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 BULK_BYTES = 20 * MIB
 PORT = 5001
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def packets(path: Path) -> list[tuple[int, bytes]]:
@@ -55,18 +43,6 @@ def tcp_is_right(frame: bytes) -> bool:
     segment = ip[header:length]
     pseudo = ip[12:20] + struct.pack(">BBH", 0, 6, len(segment))
     return word_sum(ip[:header]) == 0xFFFF and word_sum(pseudo + segment) == 0xFFFF
-
-
-async def test_the_example_of_three_vms(guests: Guests, tmp_path: Path) -> None:
-    three_vms = example("three_vms")
-    capture = tmp_path / "net.pcap"
-    received = await three_vms.main(
-        str(guests.assets.kernel("cloud", "vmlinux")),
-        str(guests.assets.initrd("cloud")),
-        str(capture),
-    )
-    assert received == [three_vms.MEGABYTE] * 3
-    assert len(packets(capture)) > 3 * three_vms.MEGABYTE // 1500
 
 
 # nc goes on to receive as long as there may be something to send: a pipe nobody closes.
