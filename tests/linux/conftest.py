@@ -2,10 +2,13 @@
 
 Runs where /dev/kvm runs stock kernels: a machine with VT-x or AMD-V, or inside scripts/testbed.
 Kernels and guest file systems are those of scripts/assets, under $AVMM_CACHE. One boot takes
-seconds, so most tests use one event loop and ask one guest several things; `both_loops` marks
-those that run on the stock loop too. Devices are on virtio-pci, where a test says nothing else;
-AVMM_TRANSPORT=mmio, AVMM_RING=split and AVMM_IO_THREADS=N in the environment give those guests
-another transport, other rings, or I/O threads.
+seconds, so one guest is asked several things, and a test runs on one event loop: uvloop, or the
+stock loop where it is marked `both_loops`. AVMM_VARIANTS=1 runs those on both, and all that is
+marked `variant`: the same on another transport, or by another image of a kernel.
+
+Devices are on virtio-pci, where a test says nothing else; AVMM_TRANSPORT=mmio, AVMM_RING=split and
+AVMM_IO_THREADS=N in the environment give those guests another transport, other rings, or I/O
+threads.
 """
 
 from __future__ import annotations
@@ -22,18 +25,22 @@ import uvloop
 from linux.guest import Assets, Guests
 from linux.holdings import Holdings
 
+VARIANTS = bool(os.environ.get("AVMM_VARIANTS"))
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "both_loops: run on uvloop and on the stock asyncio loop")
+    config.addinivalue_line("markers", "both_loops: run on the stock asyncio loop, or on both")
+    config.addinivalue_line("markers", "variant: repeats another; run with AVMM_VARIANTS=1")
 
 
 def pytest_asyncio_loop_factories(
     item: pytest.Item,
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
-        "uvloop": uvloop.new_event_loop
-    }
-    if item.get_closest_marker("both_loops"):
+    factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {}
+    stock = item.get_closest_marker("both_loops") is not None
+    if VARIANTS or not stock:
+        factories["uvloop"] = uvloop.new_event_loop
+    if stock:
         factories["asyncio"] = asyncio.new_event_loop
     return factories
 
@@ -53,7 +60,11 @@ def why_not_here() -> str | None:
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not VARIANTS:
+        left_out = [item for item in items if item.get_closest_marker("variant")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     reason = why_not_here()
     if reason is None:
         return

@@ -88,6 +88,7 @@ async def test_a_hundred_mebibytes_go_up_and_down_whole(guests: Guests, tmp_path
         assert not await vm.files.exists("/root")
 
 
+@pytest.mark.variant
 async def test_an_exec_costs_not_much_more_than_an_echo(guests: Guests) -> None:
     """Prints what `avmm bench embed` measures; the ratio is no check here, on any machine."""
     async with guests.running("vsock serve 5000 echo & " + HANG, agent=True) as guest:

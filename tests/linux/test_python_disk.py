@@ -43,7 +43,10 @@ def loaded(image: Path) -> RamDisk:
     return RamDisk(image.stat().st_size, image.read_bytes())
 
 
-@pytest.mark.parametrize(("transport", "ring"), [("pci", "packed"), ("mmio", "split")])
+@pytest.mark.parametrize(
+    ("transport", "ring"),
+    [("pci", "packed"), pytest.param("mmio", "split", marks=pytest.mark.variant)],
+)
 async def test_ext4_on_disks_written_in_python(
     guests: Guests, root_disk: Path, tmp_path: Path, transport: str, ring: str
 ) -> None:
