@@ -14,10 +14,8 @@ threads.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -27,25 +25,12 @@ import uvloop
 from linux.guest import Assets, Guests
 from linux.holdings import Holdings
 
-CLONE_NEWNS, CLONE_NEWNET = 0x0002_0000, 0x4000_0000
 VARIANTS = bool(os.environ.get("AVMM_VARIANTS"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ and os.geteuid() == 0:
-        own_network()
     config.addinivalue_line("markers", "both_loops: run on the stock asyncio loop, or on both")
     config.addinivalue_line("markers", "variant: repeats another; run with AVMM_VARIANTS=1")
-
-
-def own_network() -> None:
-    """Tests at the same time use the same addresses and names of TAPs: each worker has a network
-    namespace of its own, and the /sys that shows it. For this thread, and those it makes."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNET | CLONE_NEWNS) < 0:
-        raise OSError(ctypes.get_errno(), "unshare")
-    for command in ("mount --make-rprivate /", "mount -t sysfs sysfs /sys", "ip link set lo up"):
-        subprocess.run(command.split(), check=True)
 
 
 def pytest_asyncio_loop_factories(
