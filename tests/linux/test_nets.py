@@ -124,7 +124,10 @@ ping -c 2 -W 10 {HOST} >/dev/null && echo "FACT again ok"
 """
 
 
-@pytest.mark.parametrize(("transport", "vhost"), [("pci", False), ("pci", True), ("mmio", True)])
+@pytest.mark.parametrize(
+    ("transport", "vhost"),
+    [("pci", False), ("pci", True), pytest.param("mmio", True, marks=pytest.mark.variant)],
+)
 async def test_each_vcpu_has_a_queue_pair(guests: Guests, transport: str, vhost: bool) -> None:
     nets = [Tap("avmmt0", host=f"{HOST}/24", guest=GUEST, queues=2, vhost=vhost)]
     options = {"cpus": 2, "io_threads": 2, "transport": transport}
