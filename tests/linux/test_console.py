@@ -14,7 +14,7 @@ from avmm.units import KIB, MIB
 from linux.guest import BOOT_LIMIT_S, Guests, emulated_cpu
 
 # Each byte is an exit of the guest or two: an emulated CPU needs a minute for 1 MiB.
-BYTES = 128 * KIB if emulated_cpu() else MIB
+BYTES = 64 * KIB if emulated_cpu() else MIB
 
 SCRIPT = f"""
 stty raw -echo

@@ -75,7 +75,11 @@ async def test_root_file_system_is_used_and_left_clean(guests: Guests, root_disk
 
 
 @pytest.mark.parametrize(
-    ("engine", "ring", "transport"), [("io_uring", "packed", "pci"), ("threads", "split", "mmio")]
+    ("engine", "ring", "transport"),
+    [
+        pytest.param("io_uring", "packed", "pci", marks=pytest.mark.variant),
+        ("threads", "split", "mmio"),
+    ],
 )
 async def test_data_is_the_same_on_both_sides(
     guests: Guests, tmp_path: Path, engine: str, ring: str, transport: str

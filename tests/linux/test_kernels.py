@@ -11,7 +11,8 @@ from linux.guest import Guests
 @pytest.mark.parametrize(
     ("flavour", "image"),
     [
-        *(("cloud", "vmlinuz"), ("cloud", "vmlinux"), ("generic", "vmlinuz"), ("rt", "vmlinuz")),
+        *(("cloud", "vmlinuz"), ("generic", "vmlinuz"), ("rt", "vmlinuz")),
+        pytest.param("cloud", "vmlinux", marks=pytest.mark.variant),
         pytest.param("generic", "vmlinux", marks=pytest.mark.variant),
         pytest.param("rt", "vmlinux", marks=pytest.mark.variant),
     ],

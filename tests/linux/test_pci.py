@@ -55,7 +55,9 @@ VECTORS = {
 }
 
 
-@pytest.mark.parametrize("flavour", ["cloud", "generic"])
+@pytest.mark.parametrize(
+    "flavour", ["cloud", pytest.param("generic", marks=pytest.mark.variant)]
+)
 async def test_each_queue_has_its_vector_wherever_the_driver_goes(
     guests: Guests, tmp_path: Path, flavour: str
 ) -> None:
