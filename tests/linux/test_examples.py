@@ -25,7 +25,7 @@ def needing_a_guest() -> list[str]:
 
 
 def marked(name: str) -> object:
-    """Three guests at once can stop an emulated host for minutes: they are run on demand there."""
+    """Three guests at once have stood still on an emulated host: they run on demand there."""
     on_demand = name == "three_vms.py" and emulated_cpu()
     return pytest.param(name, marks=[pytest.mark.variant] if on_demand else [])
 

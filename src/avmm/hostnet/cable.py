@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
 from avmm.errors import ConfigError, HostError
+from avmm.eventfd import new_eventfd
 from avmm.native import CData, ffi, lib
 from avmm.units import KIB, MIB
 
@@ -112,15 +114,7 @@ def make_cable(queue_bytes: int = QUEUE_DEFAULT_BYTES) -> tuple[CableEnd, CableE
     return CableEnd(cable, 0), CableEnd(cable, 1)
 
 
-def make_eventfd(op: str) -> int:
-    """For CableEnd.watch(). op: begins the HostError's message."""
-    try:
-        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    except OSError as e:
-        raise HostError("eventfd", op=op, errno=e.errno) from e
-
-
-class FrameStream:
+class FrameStream(ABC):
     """A cable's end as an asyncio object: `async for frame in nic`, `await nic.send(frame)`.
 
     A frame is bytes from the destination's address on, without checksum at its end: 14 bytes at
@@ -226,17 +220,17 @@ class FrameStream:
         """What Python sent and received here."""
         return self._end.statistics()
 
+    @abstractmethod
     def _is_over(self) -> bool:
         """Whether no more frames can come."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _keeps_waker(self) -> bool:
         """Whether somebody will close what this end is watched by when nobody waits."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check(self) -> None:
         """Raises ConfigError when Python may not use this end, or not any more."""
-        raise NotImplementedError
 
     def _check_frame(self, frame: Frame) -> None:
         if not FRAME_MIN_BYTES <= len(frame) <= FRAME_MAX_BYTES:
@@ -308,7 +302,7 @@ class _Waker:
         self.loop = loop
         self.waiting: set[asyncio.Future[None]] = set()
         self._end = end
-        self._fd = make_eventfd("Cable")
+        self._fd = new_eventfd()
         loop.add_reader(self._fd, self._woken)
         end.watch(self._fd)
 

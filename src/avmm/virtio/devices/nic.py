@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from avmm.config import Checked
 from avmm.errors import ConfigError
-from avmm.hostnet.cable import QUEUE_DEFAULT_BYTES, CableEnd, FrameStream, make_cable, make_eventfd
+from avmm.eventfd import new_eventfd
+from avmm.hostnet.cable import QUEUE_DEFAULT_BYTES, CableEnd, FrameStream, make_cable
 from avmm.hostnet.names import check_mtu, parse_mac, random_mac
 from avmm.native import CData
 from avmm.virtio.devices.net import NET, NetDevice
@@ -168,7 +169,7 @@ class NicPlug:
     def __init__(self, nic: Nic, end: CableEnd, loop: asyncio.AbstractEventLoop) -> None:
         self.name = f"Nic {nic.id or nic.mac}"
         self.mtu = nic.mtu or _MTU_DEFAULT
-        self.fds = [make_eventfd(self.name)]
+        self.fds = [new_eventfd()]
         self.end: CData = end.native
         self.device: NetDevice | None = None
         self._nic = nic
