@@ -13,6 +13,7 @@ from linux.guest import Assets, emulated_cpu
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LIMIT_S = 300
+SEVERAL_GUESTS = ("parallel_builds.py", "three_vms.py", "web_service.py")
 
 
 def needing_a_guest() -> list[str]:
@@ -25,8 +26,9 @@ def needing_a_guest() -> list[str]:
 
 
 def marked(name: str) -> object:
-    """Three guests at once have stood still on an emulated host: they run on demand there."""
-    on_demand = name == "three_vms.py" and emulated_cpu()
+    """Examples with several guests at once have stood still on an emulated host (web_service and
+    three_vms, now and then): they run on demand there."""
+    on_demand = name in SEVERAL_GUESTS and emulated_cpu()
     return pytest.param(name, marks=[pytest.mark.variant] if on_demand else [])
 
 
