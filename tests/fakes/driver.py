@@ -58,6 +58,22 @@ class VirtioDriver(ABC):
     async def interrupted(self) -> int:
         """Wait for the next interrupt; what it is about: 1 used buffers, 2 configuration."""
 
+    @abstractmethod
+    async def take_interrupts(self) -> int:
+        """What interrupts came since the last were taken; 0 when none did."""
+
+    @abstractmethod
+    def read_config(self, offset: int, size: int) -> int:
+        """A field of the device's configuration."""
+
+    @abstractmethod
+    async def write_config(self, offset: int, size: int, value: int) -> None:
+        """Likewise."""
+
+    @abstractmethod
+    def config_generation(self) -> int:
+        """The version of the configuration."""
+
     async def negotiate(self, features: int) -> bool:
         """Reset to FEATURES_OK; whether the device accepted."""
         await self.set_status(0)
@@ -79,6 +95,11 @@ class VirtioDriver(ABC):
         features: to accept; all that are offered and not refused when None. size: of a queue, if it
         may be.
         """
+        await self.set_up(features, size=size)
+        await self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+
+    async def set_up(self, features: int | None = None, *, size: int = 64) -> None:
+        """The same but for DRIVER_OK."""
         accepted = await self.read_features() & ~refused if features is None else features
         assert await self.negotiate(accepted)
         self.queues = []
@@ -89,7 +110,6 @@ class VirtioDriver(ABC):
             await self.set_up_queue(len(self.queues), queue)
             self.queues.append(queue)
             gpa = (queue.end_gpa + 0xFFF) & ~0xFFF
-        await self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
 
     async def used(self, index: int, count: int = 1) -> list[tuple[int, int]]:
         """Wait until `count` chains of a queue came back: (head, bytes written) of each."""

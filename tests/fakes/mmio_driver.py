@@ -86,10 +86,25 @@ class MmioDriver(VirtioDriver):
         """Wait for the interrupt line's next edge, acknowledge it; the status."""
         async with asyncio.timeout(_HANG_S):
             await readable(self.irq_fd)
-        os.eventfd_read(self.irq_fd)
+        return await self.take_interrupts()
+
+    async def take_interrupts(self) -> int:
+        try:
+            os.eventfd_read(self.irq_fd)
+        except BlockingIOError:
+            return 0
         status = self.read(mmio.INTERRUPT_STATUS)
         await self.write(mmio.INTERRUPT_ACK, status)
         return status
+
+    def read_config(self, offset: int, size: int) -> int:
+        return self.read(mmio.CONFIG + offset, size)
+
+    async def write_config(self, offset: int, size: int, value: int) -> None:
+        await self.write(mmio.CONFIG + offset, value, size)
+
+    def config_generation(self) -> int:
+        return self.read(mmio.CONFIG_GENERATION)
 
 
 async def readable(fd: int) -> None:

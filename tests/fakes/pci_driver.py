@@ -134,11 +134,11 @@ class PciDriver(VirtioDriver):
         if ready:
             await self.write(pci_common.QUEUE_ENABLE, 2, 1)
 
-    async def start(self, features: int | None = None, *, size: int = 64) -> None:
+    async def set_up(self, features: int | None = None, *, size: int = 64) -> None:
         """With all vectors."""
         await self.probe()
         await self.enable_msix()
-        await super().start(features, size=size)
+        await super().set_up(features, size=size)
 
     async def negotiate(self, features: int) -> bool:
         accepted = await super().negotiate(features)
@@ -165,9 +165,23 @@ class PciDriver(VirtioDriver):
         finally:
             for fd in fds:
                 loop.remove_reader(fd)
+        about = await self.take_interrupts()
+        assert about, "an eventfd was written that is no vector's"
+        return about
+
+    async def take_interrupts(self) -> int:
+        fds = tuple(self.messages.connected)
         sent = [message for fd in fds if (message := self.messages.sent(fd)) is not None]
-        assert sent, "an eventfd was written that is no vector's"
         return sum({CONFIG_CHANGE if data == _DATA else USED_BUFFER for _, data in sent})
+
+    def read_config(self, offset: int, size: int) -> int:
+        return self.cpu.read(self.parts[pci.CFG_DEVICE][0] + offset, size)
+
+    async def write_config(self, offset: int, size: int, value: int) -> None:
+        await self.cpu.write(self.parts[pci.CFG_DEVICE][0] + offset, size, value)
+
+    def config_generation(self) -> int:
+        return self.read(pci_common.CONFIG_GENERATION, 1)
 
 
 @dataclass
