@@ -47,7 +47,8 @@ static uint8_t check_transfer(const struct av_blk_limits *limits, const struct a
     return AV_BLK_S_OK;
 }
 
-/* Sections 5.2.6.1 and 5.2.6.2: which flags make it unsupported, which ranges an error. */
+/* Sections 5.2.6.1 and 5.2.6.2: which flags make it unsupported, wherever they are, and which
+ * ranges an error. */
 static uint8_t take_ranges(const struct av_blk_limits *limits, struct av_blk_req *req)
 {
     uint32_t allowed = req->type == AV_BLK_T_WRITE_ZEROES ? AV_BLK_RANGE_UNMAP : 0;
@@ -60,12 +61,12 @@ static uint8_t take_ranges(const struct av_blk_limits *limits, struct av_blk_req
         return AV_BLK_S_IOERR;
     req->range_count = bytes / (uint32_t)sizeof(req->range[0]);
     take_front(&req->data, &req->data_count, req->range, bytes);
-    for (uint32_t i = 0; i < req->range_count; i++) {
+    for (uint32_t i = 0; i < req->range_count; i++)
         if (req->range[i].flags & ~allowed)
             return AV_BLK_S_UNSUPP;
+    for (uint32_t i = 0; i < req->range_count; i++)
         if (!in_capacity(limits, req->range[i].sector, req->range[i].sectors))
             return AV_BLK_S_IOERR;
-    }
     return AV_BLK_S_OK;
 }
 

@@ -55,6 +55,9 @@ class ConfigSpace:
 class Hooks:
     """What an author may add to a device. All on the loop; the default is to do nothing."""
 
+    def on_features(self, negotiated: int) -> None:
+        """The features are fixed (FEATURES_OK): what the configuration says may depend on them."""
+
     def on_activate(self, negotiated: int) -> None:
         """The driver is ready and the queues it uses are started; adapt to its features."""
 
@@ -151,7 +154,10 @@ class VirtioDevice(Hooks):
         """The driver wrote the status field; returns when all that follows from it is done."""
         async with self._control:
             with self._contained():
+                before = self.state.features
                 transition = self.state.write(value)
+                if not before and self.state.features:
+                    self.on_features(self.state.features)
                 if transition is Transition.RESET:
                     was_ready = self.state.driver_ok
                     await self._reset()

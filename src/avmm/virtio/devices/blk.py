@@ -133,10 +133,10 @@ class BlkDevice(VirtioDevice):
             self._add_native(config, queue)
         self.set_config(self._config())
 
-    def on_activate(self, negotiated: int) -> None:
-        """Without FLUSH the driver cannot ask for durability, so each write is (5.2.5.2)."""
-        if not negotiated & (features.BLK_FLUSH | features.BLK_CONFIG_WCE):
-            self._set_writeback(False)
+    def on_features(self, negotiated: int) -> None:
+        """A driver that cannot ask for durability has it with each write (5.2.5.2, 5.2.6.2), but
+        one with CONFIG_WCE may still say otherwise."""
+        self._set_writeback(bool(negotiated & features.BLK_FLUSH))
 
     def on_resume(self) -> None:
         """A queue that was started may have other memory than before."""
