@@ -86,6 +86,7 @@ def test_a_killed_process_loses_nothing_that_it_flushed(
     assert {acknowledged, acknowledged + 1} >= set(generations(image))
 
 
+@pytest.mark.spec("5.2.6.2", "commit all completed writes before a flush completes")
 @ENGINES
 async def test_a_flush_is_on_the_disk_when_it_is_acknowledged(image: Path, engine: str) -> None:
     async with virtio_rig(lambda context: build(Disk(str(image), engine=engine), context)) as rig:
@@ -98,6 +99,11 @@ async def test_a_flush_is_on_the_disk_when_it_is_acknowledged(image: Path, engin
         assert not any(flags & _NOT_ON_DISK for _, flags in found)
 
 
+@pytest.mark.spec(
+    "5.2.6.2",
+    "commit a write before it completes, where neither CONFIG_WCE nor FLUSH are negotiated or "
+    "writeback is 0",
+)
 @ENGINES
 async def test_without_a_cache_a_write_is_on_the_disk_when_it_is_acknowledged(
     image: Path, engine: str
