@@ -28,20 +28,20 @@ class Listener:
             raise ConfigError(
                 "socket", f"Socket {path}: longer than {_PATH_BYTES_MAX} bytes; use a shorter path"
             )
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            _remove_stale(path)
-            self.socket.bind(path)
-            self._inode = os.stat(path).st_ino
-            self.socket.listen(_WAITING_MAX)
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                _remove_stale(path)
+                self.socket.bind(path)
+                self._inode = os.stat(path).st_ino
+                self.socket.listen(_WAITING_MAX)
+            except BaseException:
+                self.socket.close()
+                raise
         except OSError as e:
-            self.socket.close()
             if e.errno in _USER_ERRORS:
                 raise ConfigError("socket", f"Socket {path}: {os.strerror(e.errno)}") from e
             raise HostError("socket", op="bind", path=path, errno=e.errno) from e
-        except BaseException:
-            self.socket.close()
-            raise
 
     def accept(self) -> socket.socket | None:
         """A connection, which does not block, if one is waiting. Raises HostError."""
