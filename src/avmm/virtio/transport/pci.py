@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from typing import Protocol
 
@@ -69,7 +70,8 @@ class PciTransport:
         self.function = Function(_identity(device))
         self._bar = self.function.add_bar(BAR_BYTES, self)
         self._bar.on_move.append(self._move)
-        try:
+        with contextlib.ExitStack() as made:
+            made.callback(self.function.close)
             self.msix = Msix(
                 self.function,
                 self._bar,
@@ -78,12 +80,11 @@ class PciTransport:
                 table_offset=TABLE,
                 pba_offset=PBA,
             )
-        except BaseException:
-            self.function.close()
-            raise
-        self._vectors = Vectors(device.interrupts, len(device.queues), self.msix)
+            made.callback(self.msix.close)
+            self._vectors = Vectors(device.interrupts, len(device.queues), self.msix)
+            self.common = CommonConfig(device, self._vectors)
+            made.pop_all()
         self.msix.on_enable = self._vectors.apply
-        self.common = CommonConfig(device, self._vectors)
         self.msix.on_refused = self.common.ignore
         self._add_capabilities()
 
