@@ -7,6 +7,7 @@ reverse order; the same stack takes a running machine down.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from avmm.mem.guest import GuestMemory
 from avmm.native import CData, ffi, lib
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.home import Homes
+
+log = logging.getLogger(__name__)
 
 End = Callable[[ExitReason], None]
 
@@ -200,7 +203,13 @@ def _create_vm(kvm: Kvm, memory: GuestMemory, stack: AsyncExitStack) -> Vm:
 
 async def _close_vm(vm: Vm) -> None:
     """Freeing a VM waits for grace periods, up to 20 ms: nothing for the loop of other VMs."""
-    await asyncio.shield(on_thread(vm.close))
+    try:
+        closing = on_thread(vm.close)
+    except HostError as e:
+        log.warning("Freeing a VM on the event loop: %s", e)
+        vm.close()
+    else:
+        await asyncio.shield(closing)
 
 
 def _backplane(
