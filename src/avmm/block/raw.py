@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -119,8 +120,10 @@ class RawDisk:
         """Close and unlock; no I/O may be in flight. Idempotent."""
         if self.fd >= 0:
             # The lock would last as long as the open file, and io_uring lets go of a file that
-            # was registered with it only some time after its ring is closed.
-            fcntl.fcntl(self.fd, _F_OFD_SETLK, _flock(fcntl.F_UNLCK))
+            # was registered with it only some time after its ring is closed. A file system that
+            # refuses loses it with the last of them.
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self.fd, _F_OFD_SETLK, _flock(fcntl.F_UNLCK))
             os.close(self.fd)
             self.fd = -1
 
