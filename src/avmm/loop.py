@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import inspect
 import threading
@@ -24,6 +25,17 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     import uvloop  # costs a program that never runs a loop (`avmm --help`) nothing
 
     return uvloop.run(main)
+
+
+def add_reader(
+    loop: asyncio.AbstractEventLoop, fd: int, call: Callable[..., object], *args: object
+) -> None:
+    """loop.add_reader(), which meets the host's limits. Raises HostError("watch")."""
+    try:
+        loop.add_reader(fd, call, *args)
+    except OSError as e:
+        remedy = "raise fs.epoll.max_user_watches" if e.errno == errno.ENOSPC else None
+        raise HostError("watch", op="epoll_ctl", errno=e.errno, remedy=remedy) from e
 
 
 def on_thread(function: Callable[..., T], *args: object) -> asyncio.Future[T]:

@@ -13,6 +13,7 @@ from typing import Final, Self
 
 from avmm.errors import ConfigError, HostError
 from avmm.eventfd import new_eventfd
+from avmm.loop import add_reader
 from avmm.native import CData, ffi, lib
 from avmm.units import KIB, MIB
 
@@ -303,7 +304,11 @@ class _Waker:
         self.waiting: set[asyncio.Future[None]] = set()
         self._end = end
         self._fd = new_eventfd()
-        loop.add_reader(self._fd, self._woken)
+        try:
+            add_reader(loop, self._fd, self._woken)
+        except BaseException:
+            os.close(self._fd)
+            raise
         end.watch(self._fd)
 
     async def wait(self) -> None:

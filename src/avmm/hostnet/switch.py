@@ -20,6 +20,7 @@ from avmm.hostnet.fabric import (
     SwitchStatistics,
 )
 from avmm.hostnet.names import parse_mac, random_mac
+from avmm.loop import add_reader
 from avmm.units import MIB
 
 log = logging.getLogger(__name__)
@@ -352,9 +353,13 @@ class Switch:
             raise ConfigError("switch", f"{self!r} was closed")
         loop = asyncio.get_running_loop()
         if self._fabric is None:
-            self._loop = loop
-            self._fabric = Fabric(**self._settings)
-            loop.add_reader(self._fabric.fd, self._turn)
+            fabric = Fabric(**self._settings)
+            try:
+                add_reader(loop, fabric.fd, self._turn)
+            except BaseException:
+                fabric.close()
+                raise
+            self._loop, self._fabric = loop, fabric
         if self._loop is not loop:
             raise ConfigError("loop", f"{self!r} runs on another event loop")
         return self._fabric

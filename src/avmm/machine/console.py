@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 
 from avmm.console.console import SCROLLBACK_BYTES, Console
 from avmm.legacy.serial16550 import Serial16550
+from avmm.loop import add_reader
 
 
 class SerialConsole:
@@ -24,9 +25,9 @@ class SerialConsole:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Begin to listen; needs a running loop."""
+        """Begin to listen; needs a running loop. Raises HostError."""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._serial.event_fd, self.drain)
+        add_reader(self._loop, self._serial.event_fd, self.drain)
 
     def close(self) -> None:
         """Take what is left and tell all readers that no more will come. Idempotent."""

@@ -9,6 +9,7 @@ import socket
 from dataclasses import dataclass, field
 
 from avmm.errors import GuestFault
+from avmm.loop import add_reader
 from avmm.vhost_user.message import FDS_MAX, HEADER_BYTES, Header, parse_header
 
 _FD_BYTES = array.array("i").itemsize
@@ -107,10 +108,10 @@ class Channel:
 
 
 async def readable(fd: int) -> None:
-    """Wait until `fd` is readable. Loop."""
+    """Wait until `fd` is readable. Loop. Raises HostError."""
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
-    loop.add_reader(fd, event.set)
+    add_reader(loop, fd, event.set)
     try:
         await event.wait()
     finally:

@@ -13,6 +13,7 @@ from typing import Self
 
 from avmm.errors import BugError, ConfigError, GuestFault, HostError
 from avmm.eventfd import owned_eventfd
+from avmm.loop import add_reader
 from avmm.machine.config import check_io
 from avmm.machine.lifecycle import uninterrupted
 from avmm.unixsocket import Listener
@@ -132,7 +133,7 @@ class VhostUserServer:
         self._device = await self.config.device_type.build(self.config, context)
         config_fd = owned_eventfd(self._stack)
         interrupts.config.set_fd(config_fd)
-        loop.add_reader(config_fd, self._config_event, config_fd)
+        add_reader(loop, config_fd, self._config_event, config_fd)
         self._stack.callback(loop.remove_reader, config_fd)
         listener = Listener(self.socket_path)
         self._stack.callback(listener.close)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 import msgspec
 
 from avmm.errors import HostError
+from avmm.loop import add_reader
 from avmm.native import CData, ffi, lib
 from avmm.virtio.queue import Queue
 
@@ -59,11 +60,15 @@ class Home:
         self._fd = int(lib.av_home_fd(self.native))
         self._notice_fd = int(lib.av_home_notice_fd(self.native))
         self._final_statistics = HomeStatistics(name, 0, 0, 0, 0, 0)
-        if poll_us is not None:
-            self._start_thread(poll_us)
-        loop.add_reader(self._notice_fd, self._notices)
-        if poll_us is None:
-            loop.add_reader(self._fd, self._turn)
+        try:
+            if poll_us is None:
+                add_reader(loop, self._fd, self._turn)
+            else:
+                self._start_thread(poll_us)
+            add_reader(loop, self._notice_fd, self._notices)
+        except BaseException:
+            self.close()
+            raise
 
     def statistics(self) -> HomeStatistics:
         """Counters as of now, or as of close()."""
@@ -100,7 +105,6 @@ class Home:
     def _start_thread(self, poll_us: int) -> None:
         result = lib.av_home_start_thread(self.native, poll_us * 1000)
         if result < 0:
-            self._destroy()
             raise HostError("thread", op=f"Starting I/O thread {self.name}", errno=-result)
 
     def _turn(self) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from avmm.loop import add_reader
+
 Work = Callable[[], bool]
 
 
@@ -27,10 +29,10 @@ class Pump:
         self._again: dict[int, asyncio.Handle] = {}
 
     def watch(self, fd: int, work: Work) -> None:
-        """Call `work` whenever `fd` is readable, until unwatch(). Idempotent."""
+        """Call `work` whenever `fd` is readable, until unwatch(). Idempotent. Raises HostError."""
         if fd not in self._work:
+            add_reader(self._loop, fd, self._run, fd)
             self._work[fd] = work
-            self._loop.add_reader(fd, self._run, fd)
 
     def unwatch(self, fd: int) -> None:
         """Undo watch(); before the descriptor is closed. Idempotent."""

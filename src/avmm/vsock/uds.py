@@ -16,6 +16,7 @@ from collections.abc import Coroutine
 from typing import Any, Final, cast
 
 from avmm.errors import AvmmError
+from avmm.loop import add_reader
 from avmm.unixsocket import Listener
 from avmm.vsock.connection import Connection
 from avmm.vsock.host import VsockHost
@@ -108,7 +109,7 @@ class Relay(asyncio.Protocol):
 class UnixSockets:
     """The sockets of one guest. Loop. Owns PATH, and all connections until they end.
 
-    Raises ConfigError("socket") or HostError("socket") when PATH cannot be had.
+    Raises ConfigError("socket") or HostError when PATH cannot be had.
     """
 
     def __init__(self, path: str, host: VsockHost, loop: asyncio.AbstractEventLoop) -> None:
@@ -118,8 +119,12 @@ class UnixSockets:
         self._listener = Listener(path)
         self._tasks: set[asyncio.Task[None]] = set()
         self._programs: set[Relay] = set()
+        try:
+            add_reader(loop, self._listener.socket.fileno(), self._accept)
+        except BaseException:
+            self._listener.close()
+            raise
         host.fallback = self._on_request
-        loop.add_reader(self._listener.socket.fileno(), self._accept)
 
     async def close(self) -> None:
         """End all and remove PATH."""
