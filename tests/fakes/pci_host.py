@@ -20,12 +20,12 @@ HIGH = MemoryWindow(Gpa(0x1_0000_0000), 64 * MIB)
 
 @dataclass
 class FakeMessages:
-    """In the place of MsiRoutes: remembers. connected: gsi by eventfd."""
+    """In the place of MsiRoutes: remembers. connected: gsi by eventfd; refuse: an errno, or 0."""
 
     routes: dict[int, tuple[int, int]] = field(default_factory=dict)
     connected: dict[int, int] = field(default_factory=dict)
     gsis: int = 24
-    refuse: bool = False
+    refuse: int = 0
 
     def new_gsi(self) -> int:
         self.gsis += 1
@@ -33,7 +33,7 @@ class FakeMessages:
 
     def route(self, gsi: int, address: int, data: int) -> None:
         if self.refuse:
-            raise HostError("ioctl", op="KVM_SET_GSI_ROUTING", errno=errno.EINVAL)
+            raise HostError("ioctl", op="KVM_SET_GSI_ROUTING", errno=self.refuse)
         self.routes[gsi] = (address, data)
 
     def connect(self, event_fd: int, gsi: int) -> None:

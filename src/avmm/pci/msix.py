@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 from collections.abc import Callable
@@ -201,8 +202,10 @@ class Msix:
             return False
         try:
             self._messages.route(vector.gsi, address, data)
-        except HostError:  # a message KVM does not know how to send is the guest's mistake
-            return False
+        except HostError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            return False  # a message KVM does not know how to send is the guest's mistake
         return True
 
     def _connect(self, vector: _Vector) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Iterator
@@ -200,14 +201,23 @@ async def test_an_address_that_is_no_interrupts_sends_nothing(bench: Bench, addr
 async def test_a_message_that_kvm_refuses_sends_nothing(bench: Bench) -> None:
     await bench.control(CONTROL_ENABLE)
     await bench.entry(0)
-    bench.messages.refuse = True
+    bench.messages.refuse = errno.EINVAL
     await bench.entry(0, ADDRESS + 0x8000)
     assert bench.messages.connected == {}
     assert bench.refused
-    bench.messages.refuse = False
+    bench.messages.refuse = 0
     await bench.entry(0, masked=True)
     await bench.mask(0, False)
     assert bench.raised(0) == (ADDRESS, 0x30)
+
+
+async def test_a_message_for_which_the_host_has_no_memory_is_an_error(bench: Bench) -> None:
+    """And not the guest's mistake, which would wait for that interrupt for ever."""
+    await bench.control(CONTROL_ENABLE)
+    bench.messages.refuse = errno.ENOMEM
+    with pytest.raises(HostError, match="KVM_SET_GSI_ROUTING"):
+        await bench.entry(0)
+    assert bench.refused == []
 
 
 def test_too_many_vectors_say_so_and_leave_nothing() -> None:
