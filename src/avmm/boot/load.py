@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import os
@@ -14,7 +15,7 @@ from avmm.boot import bzimage, cmdline, cpio, elf, entry, pvh, zeropage
 from avmm.boot.acpi.tables import AcpiMmioDevice, AcpiPciRoot, build_tables
 from avmm.boot.entry import EntryRegs
 from avmm.boot.zeropage import Placement
-from avmm.errors import ConfigError
+from avmm.errors import ConfigError, HostError
 from avmm.mem import layout
 from avmm.mem.guest import GuestMemory
 from avmm.units import MIB, PAGE_BYTES, Gpa, align_up
@@ -83,7 +84,7 @@ def load(memory: GuestMemory, source: BootSource) -> EntryRegs:
     An ELF kernel is entered by its PVH note, or in 64-bit mode when it has none. A bzImage is
     unpacked here when its compression is known, which saves the guest the time; otherwise the
     guest unpacks it itself. Blocks on file reads: call it off the loop.
-    Raises ConfigError("kernel" | "initrd" | "memory" | "cmdline").
+    Raises ConfigError("kernel" | "initrd" | "memory" | "cmdline"), HostError("kernel" | "initrd").
     """
     with _mapped(source.kernel, "kernel") as file:
         image = _open_image(file, source)
@@ -113,6 +114,8 @@ def _mapped(path: str | None, what: str) -> Iterator[memoryview]:
                 raise ConfigError(what, f"{what.capitalize()} {path} is empty")
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise HostError(what, op="open", path=path, errno=e.errno) from e
         raise ConfigError(what, f"{what.capitalize()} {path}: {os.strerror(e.errno or 0)}") from e
     # Views of it may live on in an unpacked image's traceback; the last one unmaps.
     yield memoryview(mapping)
