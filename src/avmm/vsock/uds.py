@@ -15,7 +15,7 @@ import socket
 from collections.abc import Coroutine
 from typing import Any, Final, cast
 
-from avmm.errors import AvmmError
+from avmm.errors import AvmmError, HostError
 from avmm.loop import add_reader
 from avmm.unixsocket import Listener
 from avmm.vsock.connection import Connection
@@ -30,6 +30,9 @@ _COMMAND_MAX_BYTES: Final = 32
 _COMMAND_LIMIT_S: Final = 60.0
 _ASKING_MAX: Final = 1024
 """Programs that have connected and are not connected to the guest yet."""
+
+_REST_S = 1.0
+"""Between attempts to take a connection for which the host has no descriptor."""
 
 
 class Relay(asyncio.Protocol):
@@ -119,8 +122,9 @@ class UnixSockets:
         self._listener = Listener(path)
         self._tasks: set[asyncio.Task[None]] = set()
         self._programs: set[Relay] = set()
+        self._resting: asyncio.TimerHandle | None = None
         try:
-            add_reader(loop, self._listener.socket.fileno(), self._accept)
+            self._listen()
         except BaseException:
             self._listener.close()
             raise
@@ -129,6 +133,8 @@ class UnixSockets:
     async def close(self) -> None:
         """End all and remove PATH."""
         self._host.fallback = None
+        if self._resting is not None:
+            self._resting.cancel()
         self._loop.remove_reader(self._listener.socket.fileno())
         self._listener.close()
         for task in self._tasks:
@@ -142,8 +148,18 @@ class UnixSockets:
 
     # --- from the host to the guest
 
+    def _listen(self) -> None:
+        add_reader(self._loop, self._listener.socket.fileno(), self._accept)
+
     def _accept(self) -> None:
-        program = self._listener.accept()
+        try:
+            program = self._listener.accept()
+        except HostError as e:
+            # The connection stays where it is, so without a rest the loop would do nothing else.
+            log.warning("vsock: %s", e)
+            self._loop.remove_reader(self._listener.socket.fileno())
+            self._resting = self._loop.call_later(_REST_S, self._listen)
+            return
         if program is None:
             return
         if len(self._tasks) >= _ASKING_MAX:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from avmm.errors import ConfigError
+from avmm.errors import ConfigError, HostError
+from avmm.unixsocket import Listener
+from avmm.vsock import uds
 from avmm.vsock.packet import SHUTDOWN_BOTH, SHUTDOWN_SEND, Op
 from fakes.mmio_driver import settle
 from fakes.virtio_rig import virtio_rig
@@ -143,3 +146,45 @@ async def test_a_path_that_cannot_be_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="Socket"):
             async with guest_at(path):
                 pass
+
+
+class Refusing:
+    """Accepts nothing, the first `times`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.left = times
+        self.refused = 0
+        self._accept = Listener.accept
+        monkeypatch.setattr(Listener, "accept", lambda listener: self.accept(listener))
+
+    def accept(self, listener: Listener) -> socket.socket | None:
+        if self.left == 0:
+            return self._accept(listener)
+        self.left -= 1
+        self.refused += 1
+        raise HostError("socket", op="accept", path=listener.path, errno=errno.EMFILE)
+
+
+async def test_a_connection_without_a_descriptor_leaves_the_loop_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uds, "_REST_S", 3600.0)
+    async with guest_at(tmp_path / "v"):
+        refusing = Refusing(monkeypatch, 1000)
+        _, writer = await asyncio.open_unix_connection(tmp_path / "v")
+        await settle()
+        assert refusing.refused == 1
+        writer.close()
+
+
+async def test_a_connection_without_a_descriptor_is_taken_when_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uds, "_REST_S", 0.0)
+    async with guest_at(tmp_path / "v") as guest:
+        refusing = Refusing(monkeypatch, 3)
+        _, writer = await asyncio.open_unix_connection(tmp_path / "v")
+        writer.write(b"CONNECT 52\n")
+        assert await guest.accept()
+        assert refusing.refused == 3
+        writer.close()
