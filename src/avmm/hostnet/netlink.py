@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from avmm.errors import HostError
+from avmm.loop import on_thread
 
 T = TypeVar("T")
 
@@ -93,20 +93,7 @@ class _Cancelled(Exception):
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def main() -> None:
-        try:
-            result = work()
-        except BaseException as e:
-            loop.call_soon_threadsafe(done.set_exception, e)
-        else:
-            loop.call_soon_threadsafe(done.set_result, result)
-
-    thread = threading.Thread(target=main, name="avmm-netlink")
-    thread.start()
-    cancelled = False
+    done, cancelled = on_thread(work), False
     while not done.done():
         try:
             await asyncio.shield(done)
@@ -114,7 +101,6 @@ async def _in_thread(work: Callable[[], T]) -> T:
             cancelled = True
         except BaseException:
             break
-    thread.join()
     if cancelled:
         raise _Cancelled(None if done.exception() else done.result())
     return done.result()
@@ -123,17 +109,28 @@ async def _in_thread(work: Callable[[], T]) -> T:
 def _perform(work: Callable[[Netlink], T]) -> T:
     from pyroute2.iproute.linux import IPRoute
 
-    loop = asyncio.SelectorEventLoop()
-    try:
-        ipr = IPRoute(use_event_loop=loop)
+    failures: list[BaseException] = []
+
+    def on_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        # Of a callback, such as one that has to watch the socket: what it was for never comes.
+        failures.append(context.get("exception") or RuntimeError(context["message"]))
+        loop.stop()
+
+    with _explained("Netlink"):
+        loop = asyncio.SelectorEventLoop()
+        loop.set_exception_handler(on_failure)
         try:
-            return work(Netlink(ipr))
+            ipr = IPRoute(use_event_loop=loop)
+            try:
+                return work(Netlink(ipr))
+            finally:
+                ipr.close()
+        except RuntimeError as e:  # the loop stopped
+            raise (failures[0] if failures else e) from e
         finally:
-            ipr.close()
-    finally:
-        if not loop.is_closed():
-            loop.run_until_complete(asyncio.sleep(0))  # its transports close on the next turn
-            loop.close()
+            if not loop.is_closed():
+                loop.run_until_complete(asyncio.sleep(0))  # its transports close on the next turn
+                loop.close()
 
 
 @contextlib.contextmanager
