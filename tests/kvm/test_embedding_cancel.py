@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import threading
 import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from pathlib import Path
@@ -17,8 +16,6 @@ import uvloop
 
 import avmm
 from avmm.errors import HostError
-from avmm.kvm import ioctl as kvm_ioctl
-from avmm.kvm import system, vcpu, vm
 from linux.holdings import Holdings
 
 Assemble = Callable[[str], Path]
@@ -152,43 +149,6 @@ async def test_a_whole_life_cancelled_at_each_of_its_waits(
             await vm.stop(60)
 
     assert await cancelled_everywhere(life, when_ready=when_ready) >= 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("transport", ["pci", "mmio"])
-async def test_start_that_fails_at_each_of_its_calls_to_kvm(
-    config: Callable[..., avmm.Config], monkeypatch: pytest.MonkeyPatch, transport: str
-) -> None:
-    machine = config(SPIN, cpus=2, transport=transport)
-    calls: list[str] = []
-    lock = threading.Lock()
-    refuse = 0
-
-    def refusing(fd: int, op: str, request: int, argument: Any = 0) -> int:
-        with lock:  # start() calls on two threads
-            calls.append(op)
-            number = len(calls) - 1
-        if number == refuse:
-            raise HostError("ioctl", op=op, errno=28)
-        return kvm_ioctl.ioctl(fd, op, request, argument)
-
-    for module in (system, vcpu, vm):
-        monkeypatch.setattr(module, "ioctl", refusing)
-    before = Holdings.now()
-    while True:
-        calls.clear()
-        microvm = avmm.MicroVM(machine)
-        try:
-            await microvm.start()
-        except HostError:
-            assert microvm.state is avmm.State.STOPPED
-            assert Holdings.now().beyond(before) == {}, f"{calls[refuse]} was refused"
-            refuse += 1
-        else:
-            break
-    await microvm.close()
-    assert "KVM_SET_REGS" in calls
-    assert len(calls) == refuse
 
 
 @pytest.mark.slow

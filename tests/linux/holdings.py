@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -75,4 +76,4 @@ def _children() -> Counter[str]:
 
 
 def _devices() -> Counter[str]:
-    return Counter(f"network device {name}" for name in os.listdir("/sys/class/net"))
+    return Counter(f"network device {name}" for _, name in socket.if_nameindex())

@@ -1,0 +1,369 @@
+/* A host that refuses, for tests: preloaded, it stands before the calls of the C library that can
+ * fail for want of something, and refuses those that failing_host.py arms.
+ *
+ * Of memory, only avmm's own calls are counted, and not Python's. Watches of uvloop's are not:
+ * libuv ends the process when it is refused one. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/uio.h>
+
+enum call {
+    DESCRIPTOR = 1 << 0, /* all that makes one */
+    MEMORY = 1 << 1,
+    THREAD = 1 << 2,
+    IOCTL = 1 << 3,
+    WATCH = 1 << 4,
+    LOCK = 1 << 5,
+    RUN = 1 << 6, /* KVM_RUN */
+    READ = 1 << 7,
+    WRITE = 1 << 8,
+    SYNC = 1 << 9,
+    ALLOCATE = 1 << 10, /* fallocate() */
+};
+
+/* What comes back of a transfer instead of an error. */
+#define SHORT 0x10000
+
+static struct {
+    atomic_uint calls;
+    atomic_long first, last; /* those that fail, counted from 1 */
+    atomic_long seen;
+    atomic_long failed;
+    atomic_int error;
+    atomic_int fd; /* the only one whose transfers count; -1: every one */
+} plan = { .fd = -1 };
+
+__attribute__((visibility("default"))) void failing_host_arm(unsigned calls, long first, long last,
+                                                             int error, int fd)
+{
+    atomic_store(&plan.calls, 0);
+    atomic_store(&plan.first, first);
+    atomic_store(&plan.last, last);
+    atomic_store(&plan.error, error);
+    atomic_store(&plan.fd, fd);
+    atomic_store(&plan.seen, 0);
+    atomic_store(&plan.failed, 0);
+    atomic_store(&plan.calls, calls);
+}
+
+__attribute__((visibility("default"))) long failing_host_seen(void)
+{
+    return atomic_load(&plan.seen);
+}
+
+__attribute__((visibility("default"))) long failing_host_failed(void)
+{
+    return atomic_load(&plan.failed);
+}
+
+static bool armed(enum call call)
+{
+    return (atomic_load_explicit(&plan.calls, memory_order_relaxed) & call) != 0;
+}
+
+static int refused(void)
+{
+    long number = atomic_fetch_add(&plan.seen, 1) + 1;
+
+    if (number < atomic_load(&plan.first) || number > atomic_load(&plan.last))
+        return 0;
+    atomic_fetch_add(&plan.failed, 1);
+    return atomic_load(&plan.error);
+}
+
+/* The error with which this call is to fail, or 0. */
+static int refuse(enum call call)
+{
+    return armed(call) ? refused() : 0;
+}
+
+static bool comes_of(const void *from, const char *name)
+{
+    Dl_info info;
+
+    return dladdr(from, &info) != 0 && info.dli_fname != NULL &&
+           strstr(info.dli_fname, name) != NULL;
+}
+
+static int refuse_transfer(enum call call, int fd)
+{
+    int only = atomic_load(&plan.fd);
+
+    return armed(call) && (only < 0 || only == fd) ? refused() : 0;
+}
+
+#define EXPORT __attribute__((visibility("default")))
+#define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+#define FAIL_IF(test, result)                                                                      \
+    do {                                                                                           \
+        int error_ = (test);                                                                       \
+        if (error_ != 0) {                                                                         \
+            errno = error_;                                                                        \
+            return result;                                                                         \
+        }                                                                                          \
+    } while (0)
+
+/* --- descriptors ----------------------------------------------------------------------- */
+
+#define PLAIN(call, type, name, declared, passed)                                                  \
+    EXPORT type name declared                                                                      \
+    {                                                                                              \
+        static __typeof__(&name) next;                                                             \
+                                                                                                   \
+        if (next == NULL)                                                                          \
+            next = NEXT(name);                                                                     \
+        FAIL_IF(refuse(call), -1);                                                                 \
+        return next passed;                                                                        \
+    }
+
+#define OPEN(name, declared, passed)                                                               \
+    EXPORT int name declared                                                                       \
+    {                                                                                              \
+        static __typeof__(&name) next;                                                             \
+        mode_t mode = 0;                                                                           \
+                                                                                                   \
+        if (next == NULL)                                                                          \
+            next = NEXT(name);                                                                     \
+        if ((flags & (O_CREAT | O_TMPFILE)) != 0) {                                                \
+            va_list list;                                                                          \
+            va_start(list, flags);                                                                 \
+            mode = va_arg(list, mode_t);                                                           \
+            va_end(list);                                                                          \
+        }                                                                                          \
+        FAIL_IF(refuse(DESCRIPTOR), -1);                                                           \
+        return next passed;                                                                        \
+    }
+
+OPEN(open, (const char *path, int flags, ...), (path, flags, mode))
+OPEN(open64, (const char *path, int flags, ...), (path, flags, mode))
+OPEN(openat, (int folder, const char *path, int flags, ...), (folder, path, flags, mode))
+OPEN(openat64, (int folder, const char *path, int flags, ...), (folder, path, flags, mode))
+
+int eventfd(unsigned count, int flags);
+int timerfd_create(int clock, int flags);
+int memfd_create(const char *name, unsigned flags);
+int socket(int domain, int type, int protocol);
+int socketpair(int domain, int type, int protocol, int fds[2]);
+int io_uring_queue_init(unsigned entries, void *ring, unsigned flags);
+
+PLAIN(DESCRIPTOR, int, eventfd, (unsigned count, int flags), (count, flags))
+PLAIN(DESCRIPTOR, int, timerfd_create, (int clock, int flags), (clock, flags))
+PLAIN(DESCRIPTOR, int, memfd_create, (const char *name, unsigned flags), (name, flags))
+PLAIN(DESCRIPTOR, int, epoll_create1, (int flags), (flags))
+PLAIN(DESCRIPTOR, int, socket, (int domain, int type, int protocol), (domain, type, protocol))
+PLAIN(DESCRIPTOR, int, socketpair, (int domain, int type, int protocol, int fds[2]),
+      (domain, type, protocol, fds))
+int pipe2(int fds[2], int flags);
+PLAIN(DESCRIPTOR, int, pipe2, (int fds[2], int flags), (fds, flags))
+int dup(int fd);
+PLAIN(DESCRIPTOR, int, dup, (int fd), (fd))
+
+#define FCNTL(name)                                                                                \
+    EXPORT int name(int fd, int command, ...)                                                      \
+    {                                                                                              \
+        static __typeof__(&name) next;                                                             \
+        void *argument;                                                                            \
+        va_list list;                                                                              \
+                                                                                                   \
+        if (next == NULL)                                                                          \
+            next = NEXT(name);                                                                     \
+        va_start(list, command);                                                                   \
+        argument = va_arg(list, void *);                                                 \
+        va_end(list);                                                                              \
+        if (command == F_DUPFD || command == F_DUPFD_CLOEXEC)                                      \
+            FAIL_IF(refuse(DESCRIPTOR), -1);                                                       \
+        else if (command == F_OFD_SETLK)                                                           \
+            FAIL_IF(refuse(LOCK), -1);                                                             \
+        return next(fd, command, argument);                                                        \
+    }
+
+FCNTL(fcntl)
+FCNTL(fcntl64)
+
+/* liburing's calls do not go through the C library; they return -errno. It comes with avmm, so it
+ * is not among what is next after us. */
+static void *liburing(const char *name)
+{
+    void *library = dlopen("liburing.so.2", RTLD_LAZY | RTLD_NOLOAD);
+
+    return library == NULL ? NULL : dlsym(library, name);
+}
+
+#define LIBURING(call, name, declared, passed)                                                     \
+    EXPORT int name declared                                                                       \
+    {                                                                                              \
+        static __typeof__(&name) next;                                                             \
+        int error;                                                                                 \
+                                                                                                   \
+        if (next == NULL)                                                                          \
+            next = (__typeof__(&name))liburing(#name);                                             \
+        error = refuse(call);                                                                      \
+        return error != 0 ? -error : next passed;                                                  \
+    }
+
+int io_uring_register_files(void *ring, const int *files, unsigned count);
+int io_uring_register_eventfd(void *ring, int fd);
+int io_uring_register_buffers(void *ring, const struct iovec *iovecs, unsigned count);
+
+LIBURING(DESCRIPTOR, io_uring_queue_init, (unsigned entries, void *ring, unsigned flags),
+         (entries, ring, flags))
+LIBURING(MEMORY, io_uring_register_files, (void *ring, const int *files, unsigned count),
+         (ring, files, count))
+LIBURING(MEMORY, io_uring_register_eventfd, (void *ring, int fd), (ring, fd))
+LIBURING(MEMORY, io_uring_register_buffers,
+         (void *ring, const struct iovec *iovecs, unsigned count), (ring, iovecs, count))
+
+/* --- memory ---------------------------------------------------------------------------- */
+
+/* These exist so that a replacement can be written without asking for one's own memory. */
+void *__libc_malloc(size_t size);
+void *__libc_calloc(size_t count, size_t size);
+void *__libc_realloc(void *old, size_t size);
+void *__libc_memalign(size_t alignment, size_t size);
+
+#define OURS comes_of(__builtin_return_address(0), "/_native")
+#define REFUSE_OURS (armed(MEMORY) && OURS ? refused() : 0)
+
+EXPORT void *malloc(size_t size)
+{
+    FAIL_IF(REFUSE_OURS, NULL);
+    return __libc_malloc(size);
+}
+
+EXPORT void *calloc(size_t count, size_t size)
+{
+    FAIL_IF(REFUSE_OURS, NULL);
+    return __libc_calloc(count, size);
+}
+
+EXPORT void *realloc(void *old, size_t size)
+{
+    FAIL_IF(REFUSE_OURS, NULL);
+    return __libc_realloc(old, size);
+}
+
+EXPORT int posix_memalign(void **out, size_t alignment, size_t size)
+{
+    int error = REFUSE_OURS;
+
+    if (error != 0)
+        return error;
+    *out = __libc_memalign(alignment, size);
+    return *out == NULL ? ENOMEM : 0;
+}
+
+/* Ours, and what the standard library's module mmap maps for us. */
+#define MMAP(name, offset)                                                                         \
+    void *name(void *at, size_t size, int protection, int flags, int fd, offset from);             \
+    EXPORT void *name(void *at, size_t size, int protection, int flags, int fd, offset from)       \
+    {                                                                                              \
+        static __typeof__(&name) next;                                                             \
+                                                                                                   \
+        if (next == NULL)                                                                          \
+            next = NEXT(name);                                                                     \
+        FAIL_IF(armed(MEMORY) && (OURS || comes_of(__builtin_return_address(0), "/mmap."))         \
+                    ? refused()                                                                    \
+                    : 0,                                                                           \
+                (void *)-1);                                                                       \
+        return next(at, size, protection, flags, fd, from);                                        \
+    }
+
+MMAP(mmap, off_t)
+MMAP(mmap64, off64_t)
+
+/* --- threads, watches, ioctls ---------------------------------------------------------- */
+
+EXPORT int pthread_create(pthread_t *thread, const pthread_attr_t *attributes,
+                          void *(*start)(void *), void *argument)
+{
+    static __typeof__(&pthread_create) next;
+    int error;
+
+    if (next == NULL)
+        next = NEXT(pthread_create);
+    error = refuse(THREAD);
+    return error != 0 ? error : next(thread, attributes, start, argument);
+}
+
+EXPORT int epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event)
+{
+    static __typeof__(&epoll_ctl) next;
+
+    if (next == NULL)
+        next = NEXT(epoll_ctl);
+    if (operation == EPOLL_CTL_ADD && !comes_of(__builtin_return_address(0), "/uvloop/"))
+        FAIL_IF(refuse(WATCH), -1);
+    return next(epoll, operation, fd, event);
+}
+
+EXPORT int ioctl(int fd, unsigned long request, ...)
+{
+    static __typeof__(&ioctl) next;
+    void *argument;
+    va_list list;
+
+    if (next == NULL)
+        next = NEXT(ioctl);
+    va_start(list, request);
+    argument = va_arg(list, void *);
+    va_end(list);
+    if (request == KVM_RUN)
+        FAIL_IF(refuse(RUN), -1);
+    else if (_IOC_DIR(request) != 0 || _IOC_TYPE(request) == KVMIO)
+        FAIL_IF(refuse(IOCTL), -1);
+    return next(fd, request, argument);
+}
+
+/* --- transfers ------------------------------------------------------------------------- */
+
+/* Of a transfer that is to be short, half of the first piece, in sectors. */
+static size_t shortened(size_t length)
+{
+    return length / 1024 * 512;
+}
+
+#define TRANSFER(call, name)                                                                       \
+    EXPORT ssize_t name(int fd, const struct iovec *iov, int count, off_t offset)                  \
+    {                                                                                              \
+        static __typeof__(&name) next;                                                             \
+        int error = refuse_transfer(call, fd);                                                     \
+        struct iovec half = *iov;                                                                  \
+                                                                                                   \
+        if (next == NULL)                                                                          \
+            next = NEXT(name);                                                                     \
+        if (error == SHORT && shortened(iov->iov_len) != 0) {                                      \
+            half.iov_len = shortened(iov->iov_len);                                                \
+            return next(fd, &half, 1, offset);                                                     \
+        }                                                                                          \
+        FAIL_IF(error == SHORT ? 0 : error, -1);                                                   \
+        return next(fd, iov, count, offset);                                                       \
+    }
+
+TRANSFER(READ, preadv)
+TRANSFER(WRITE, pwritev)
+
+#define OF_FD(call, name, declared, passed)                                                        \
+    EXPORT int name declared                                                                       \
+    {                                                                                              \
+        static __typeof__(&name) next;                                                             \
+                                                                                                   \
+        if (next == NULL)                                                                          \
+            next = NEXT(name);                                                                     \
+        FAIL_IF(refuse_transfer(call, fd), -1);                                                    \
+        return next passed;                                                                        \
+    }
+
+int fdatasync(int fd);
+OF_FD(SYNC, fdatasync, (int fd), (fd))
+OF_FD(ALLOCATE, fallocate, (int fd, int mode, off_t offset, off_t length),
+      (fd, mode, offset, length))
