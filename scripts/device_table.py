@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from avmm.config import field_description, field_hint
+from avmm.config import option_keys
 from avmm.machine.config import DEVICE_STRUCTS
 
 HEAD = """\
@@ -29,9 +29,8 @@ def table() -> str:
         kind = struct.device_type
         rows += f"| {kind.name} | {kind.virtio_id} | `{kind.flag}` | `{field}` | {kind.summary} |\n"
         sections += f"\n## {kind.name}\n\n| key | Python | |\n|---|---|---|\n"
-        for name in struct.__struct_fields__:
-            key = field_hint(struct, name, "option") or name
-            sections += f"| `{key}` | `{name}` | {field_description(struct, name)} |\n"
+        for key in option_keys(struct):
+            sections += f"| `{key.name}` | `{'.'.join(key.path)}` | {key.description} |\n"
     return HEAD + rows + sections
 
 

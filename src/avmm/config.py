@@ -7,7 +7,8 @@ import functools
 import os
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -58,21 +59,70 @@ def parse_option(text: str, struct: type[T], what: str) -> T:
 
     what: the option, for the ConfigError that names a bad part.
     """
-    aliases = {field_hint(struct, f, "option") or f: f for f in struct.__struct_fields__}
+    keys = {key.name: key for key in option_keys(struct)}
     values: dict[str, Any] = {}
     for index, part in enumerate(text.split(",")):
-        key, separator, value = part.partition("=")
-        if separator and key in aliases:
-            name: str = aliases[key]
-            values[name] = _parsed(value, struct, name)
-        elif part in aliases and _is_flag(struct, aliases[part]):
-            values[aliases[part]] = True
+        name, separator, value = part.partition("=")
+        if separator and name in keys:
+            keys[name].put(values, value)
+        elif part in keys and keys[part].is_flag:
+            keys[part].put(values, "on")
         elif index == 0 and part:
-            first = struct.__struct_fields__[0]
-            values[first] = _parsed(part, struct, first)
+            next(iter(keys.values())).put(values, part)
         else:
-            raise ConfigError("option", f"{what} {text}: {_unknown(key, aliases)}")
+            raise ConfigError("option", f"{what} {text}: {_unknown(name, keys)}")
     return convert_text(values, struct, f"{what} {text}")
+
+
+@dataclass(frozen=True, slots=True)
+class OptionKey:
+    """What can be said in an option string. path: of the field, in a struct of a struct too."""
+
+    name: str
+    path: tuple[str, ...]
+    description: str
+    hint: Any
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it needs no value."""
+        return self.hint is bool
+
+    def put(self, values: dict[str, Any], text: str) -> None:
+        """Add what was said to the values of a struct."""
+        for name in self.path[:-1]:
+            values = values.setdefault(name, {})
+        value: Any = text
+        if self.is_flag:
+            value = _SWITCH.get(text, text)
+        elif self.hint == list[str]:
+            value = text.split(":")
+        values[self.path[-1]] = value
+
+
+def option_keys(struct: type[msgspec.Struct]) -> list[OptionKey]:
+    """The keys of a struct's option string: its fields, by their `option` where they have one. A
+    field that is a struct itself has that one's fields, behind its `prefix`."""
+    found = []
+    for name, hint in _hints(struct).items():
+        text = field_description(struct, name)
+        inner = _inner_struct(hint)
+        if inner is None:
+            key = field_hint(struct, name, "option") or name
+            found.append(OptionKey(key, (name,), text, hint))
+            continue
+        prefix = field_hint(struct, name, "prefix")
+        found += [
+            OptionKey(prefix + key.name, (name, *key.path), f"{text}: {key.description}", key.hint)
+            for key in option_keys(inner)
+        ]
+    return found
+
+
+def _inner_struct(hint: Any) -> type[msgspec.Struct] | None:
+    """The struct that a value of this type may be."""
+    arms = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next((a for a in arms if isinstance(a, type) and issubclass(a, msgspec.Struct)), None)
 
 
 def convert_text(values: Mapping[str, Any], struct: type[T], what: str) -> T:
@@ -95,7 +145,11 @@ def convert(values: Mapping[str, Any], struct: type[T], what: str) -> T:
         if key not in known:
             begin = f"{what[:-1]}: " if what.endswith(".") else what
             raise ConfigError("unknown-key", f"{begin}{_unknown(key, known)}")
+    values = dict(values)
     for field in msgspec.structs.fields(struct):
+        inner = _inner_struct(_hints(struct)[field.name])
+        if inner is not None and isinstance(values.get(field.name), dict):
+            values[field.name] = convert(values[field.name], inner, f"{what}{field.name}.")
         if field.name not in values:
             if field.required:
                 raise ConfigError("value", f"{what}{field.name} is missing")
@@ -123,18 +177,9 @@ def read_file(path: str) -> dict[str, Any]:
     raise ConfigError("config-file", f"Config file {path}: its name must end in .toml or .json")
 
 
-def _parsed(value: str, struct: type[msgspec.Struct], name: str) -> Any:
-    if _is_flag(struct, name):
-        return _SWITCH.get(value, value)
-    return value.split(":") if get_type_hints(struct)[name] == list[str] else value
-
-
-def _is_flag(struct: type[msgspec.Struct], name: str) -> bool:
-    return get_type_hints(struct)[name] is bool
-
-
-def _unknown(key: str, known: Mapping[str, str] | tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1)
+def _unknown(key: str, known: Iterable[str]) -> str:
+    known = tuple(known)
+    near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     return f"unknown key {key!r}; {hint}"
 

@@ -18,7 +18,7 @@ import msgspec
 from avmm.cli.instance import Instance, claimed
 from avmm.cli.main import EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED
 from avmm.cli.terminal import ESCAPE_NAME, Input, Output, is_terminal, raw_mode, watched_size
-from avmm.config import field_description, field_hint, parse_option, read_file
+from avmm.config import field_description, field_hint, option_keys, parse_option, read_file
 from avmm.console.server import ConsoleServer
 from avmm.errors import ConfigError, HostError
 from avmm.log import log_to_stderr
@@ -146,7 +146,7 @@ def _option_fields() -> list[str]:
 def _add_device_option(parser: argparse.ArgumentParser, name: str) -> None:
     struct = DEVICE_STRUCTS[name]
     device_type = struct.device_type
-    keys = [field_hint(struct, f, "option") or f for f in struct.__struct_fields__]
+    keys = [key.name for key in option_keys(struct)]
     several = get_origin(get_type_hints(Config)[name]) is list
     parser.add_argument(
         device_type.flag,

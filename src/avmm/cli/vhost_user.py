@@ -9,9 +9,9 @@ import logging
 import signal
 import sys
 from dataclasses import asdict
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
-from avmm.config import convert_text, field_description
+from avmm.config import OptionKey, convert_text, option_keys
 from avmm.errors import ConfigError
 from avmm.log import log_to_stderr
 from avmm.loop import run as run_loop
@@ -50,8 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         device_type = struct.device_type
         word = words.add_parser(device_type.name, help=device_type.summary)
         word.add_argument("--socket", required=True, metavar="PATH", help="where to listen")
-        for name in _fields(struct):
-            _add_field(word, struct, name)
+        for key in _keys(struct):
+            _add_key(word, key)
         _add_common(word)
         word.set_defaults(command=run, struct=struct)
 
@@ -59,8 +59,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     log_to_stderr(options.verbose)
-    given = {name: getattr(options, name) for name in _fields(options.struct)}
-    values = {name: value for name, value in given.items() if value is not None}
+    values: dict[str, Any] = {}
+    for key in _keys(options.struct):
+        if (given := getattr(options, key.name)) is not None:
+            key.put(values, given)
     what = f"avmm vhost-user {options.struct.device_type.name}"
     config: Disk | Tap = convert_text(values, options.struct, what)
     statistics = run_loop(_serve(config, options))
@@ -69,23 +71,25 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fields(struct: type[Disk | Tap]) -> list[str]:
-    return [name for name in struct.__struct_fields__ if name not in _NOT_OURS]
+def _keys(struct: type[Disk | Tap]) -> list[OptionKey]:
+    return [key for key in option_keys(struct) if key.path[0] not in _NOT_OURS]
 
 
-def _add_field(parser: argparse.ArgumentParser, struct: type[Disk | Tap], name: str) -> None:
-    hint, text = get_type_hints(struct)[name], field_description(struct, name)
+def _add_key(parser: argparse.ArgumentParser, key: OptionKey) -> None:
+    name, text = key.name if len(key.path) > 1 else key.path[0], key.description
     if name in _MAIN_OPTION:
         flag, metavar = _MAIN_OPTION[name]
-        parser.add_argument(flag, dest=name, required=True, metavar=metavar, help=text)
+        parser.add_argument(flag, dest=key.name, required=True, metavar=metavar, help=text)
         return
     flag = _OPTION.get(name, f"--{name.replace('_', '-')}")
-    if hint is bool:
-        parser.add_argument(flag, dest=name, action="store_true", default=None, help=text)
-    elif get_origin(hint) is Literal:
-        parser.add_argument(flag, dest=name, choices=get_args(hint), help=text)
+    if key.is_flag:
+        parser.add_argument(
+            flag, dest=key.name, action="store_const", const="on", default=None, help=text
+        )
+    elif get_origin(key.hint) is Literal:
+        parser.add_argument(flag, dest=key.name, choices=get_args(key.hint), help=text)
     else:
-        parser.add_argument(flag, dest=name, metavar="VALUE", help=text)
+        parser.add_argument(flag, dest=key.name, metavar="VALUE", help=text)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
