@@ -24,7 +24,7 @@ static int take(struct av_blk *blk, uint64_t *bytes)
     uint8_t status;
     int result, fault;
 
-    if (slot == NULL || !blk->lane.taking)
+    if (slot == NULL || !blk->lane.taking || !av_throttle_admits(&blk->throttle, blk->ring))
         return 0;
     result = av_vring_pop(blk->ring, &chain, slot->iov, blk->iov_max);
     if (result <= 0)
@@ -44,6 +44,7 @@ static int take(struct av_blk *blk, uint64_t *bytes)
         return -EPROTO;
     }
     *bytes += slot->req.data_bytes;
+    av_throttle_charge(&blk->throttle, 1, slot->req.data_bytes);
     if (status != AV_BLK_S_OK)
         av_blk_finish(blk, slot, status);
     else
@@ -51,10 +52,10 @@ static int take(struct av_blk *blk, uint64_t *bytes)
     return 1;
 }
 
-/* Whether chains may be taken, and there is a slot for one. */
+/* Whether chains may be taken, as far as is known, and there is a slot for one. */
 static bool can_take(const struct av_blk *blk)
 {
-    return blk->lane.taking && blk->free != NULL;
+    return blk->lane.taking && blk->free != NULL && !blk->throttle.waiting;
 }
 
 /* Submit what is queued and complete what is done. A request may need one operation after the
@@ -89,6 +90,7 @@ static int serve(struct av_blk *blk)
     int result;
 
     av_vring_kicks_off(blk->ring);
+    av_throttle_begin(&blk->throttle);
     do {
         portion = 0;
         portion_bytes = 0;
@@ -106,6 +108,7 @@ static int serve(struct av_blk *blk)
         else
             av_vring_show(blk->ring);
     } while (result > 0 && taken < blk->config.depth && bytes < RUN_BYTES);
+    av_throttle_end(&blk->throttle);
     return result;
 }
 
@@ -188,11 +191,17 @@ static bool blk_idle(const struct av_lane *lane)
     return blk->in_flight == 0 && !av_holds(&blk->hold);
 }
 
+static void blk_hold(struct av_lane *lane)
+{
+    av_throttle_leave(&of(lane)->throttle);
+}
+
 static const struct av_lane_ops lane_ops = {
     .run = blk_run,
     .arm = blk_arm,
     .pending = blk_pending,
     .idle = blk_idle,
+    .hold = blk_hold,
 };
 
 static int allocate(struct av_blk *blk)
@@ -264,6 +273,7 @@ struct av_blk *av_blk_create(const struct av_blk_config *config, struct av_home 
     blk->config = *config;
     blk->timer_fd = -1;
     av_hold_init(&blk->hold);
+    av_throttle_init(&blk->throttle);
     blk->ring = ring;
     blk->iov_max = config->seg_max + 2; /* header and status */
     blk->limits = (struct av_blk_limits){
@@ -285,6 +295,7 @@ void av_blk_destroy(struct av_blk *blk)
     if (blk == NULL)
         return;
     av_lane_fini(&blk->lane);
+    av_throttle_fini(&blk->throttle);
     if (blk->timer_fd >= 0)
         close(blk->timer_fd);
     if (blk->engine != NULL)
@@ -311,6 +322,16 @@ void av_blk_unpin(struct av_blk *blk)
         blk->engine->ops->unpin(blk->engine);
 }
 
+int av_blk_limit(struct av_blk *blk, struct av_limiter *limiter)
+{
+    int result;
+
+    av_lane_lock(&blk->lane);
+    result = av_throttle_attach(&blk->throttle, &blk->lane, limiter);
+    av_lane_unlock(&blk->lane);
+    return result;
+}
+
 void av_blk_set_writeback(struct av_blk *blk, int writeback)
 {
     av_lane_lock(&blk->lane);
@@ -329,5 +350,6 @@ void av_blk_statistics(struct av_blk *blk, struct av_blk_stats *out)
 {
     av_lane_lock(&blk->lane);
     *out = blk->stats;
+    out->throttled = blk->throttle.waits;
     av_lane_unlock(&blk->lane);
 }

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "home.h"
+#include "throttle.h"
 #include "vring.h"
 
 #define AV_BLK_WORKERS_MAX 4
@@ -51,6 +52,7 @@ struct av_blk_stats {
     uint64_t write_bytes;
     uint64_t batches; /* submissions to the engine */
     uint64_t bounced; /* requests whose memory was not aligned for direct I/O */
+    uint64_t throttled; /* times that requests had to wait for the limiter */
 };
 
 struct av_blk;
@@ -63,6 +65,9 @@ struct av_lane *av_blk_lane(struct av_blk *blk); /* kick 0: the ring's */
  * comes before the memory goes. 0 or -errno. Nothing when it is pinned, or has no io_uring. */
 int av_blk_pin(struct av_blk *blk, const struct av_gmem *mem);
 void av_blk_unpin(struct av_blk *blk);
+/* Obey it from now on; borrowed. Nothing when it does already. 0 or -errno. Requests count with
+ * the bytes that they read or write, those written as zeroes among them. */
+int av_blk_limit(struct av_blk *blk, struct av_limiter *limiter);
 void av_blk_set_writeback(struct av_blk *blk, int writeback);
 void av_blk_set_capacity(struct av_blk *blk, uint64_t sectors);
 void av_blk_statistics(struct av_blk *blk, struct av_blk_stats *out);

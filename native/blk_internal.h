@@ -10,6 +10,7 @@
 #include "blk_req.h"
 #include "hold.h"
 #include "lane.h"
+#include "throttle.h"
 
 /* A request in flight. What every transfer uses comes first, and fits into few cache lines. */
 struct av_blk_slot {
@@ -37,6 +38,7 @@ struct av_blk {
     uint32_t queued;   /* operations handed to the engine since its last submit */
     uint32_t finished; /* requests since the driver's last interrupt was due */
     struct av_hold hold;
+    struct av_throttle throttle;
     int timer_fd;      /* for the end of a hold */
     struct av_blk_slot *slots;
     struct av_blk_slot *free;

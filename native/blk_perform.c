@@ -142,6 +142,7 @@ static void start_zero_write(struct av_blk *blk, struct av_blk_slot *slot)
     slot->op.iov_count = 1;
     slot->op.offset = range->sector * AV_BLK_SECTOR_BYTES + slot->zeroed;
     slot->op.length = slot->zero_iov.iov_len;
+    av_throttle_charge(&blk->throttle, 0, slot->op.length);
     start(blk, slot, AV_BLK_OP_WRITE);
 }
 

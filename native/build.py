@@ -20,6 +20,8 @@ MODULES = (
     "hold",
     "home",
     "relay",
+    "bucket",
+    "throttle",
     "rng",
     "cable",
     "switch",

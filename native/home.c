@@ -152,6 +152,13 @@ static void give_notice(struct av_lane *lane, uint32_t notice)
     signal_fd(lane->home->notice_fd);
 }
 
+static void stop_taking(struct av_lane *lane)
+{
+    lane->taking = false;
+    if (lane->ops->hold != NULL)
+        lane->ops->hold(lane);
+}
+
 static void run(struct av_lane *lane)
 {
     uint32_t ready = lane->ready;
@@ -165,7 +172,7 @@ static void run(struct av_lane *lane)
     if (result < 0 && lane->error == 0) {
         /* What is in flight still has to come to its end before anybody may touch its memory. */
         lane->error = result;
-        lane->taking = false;
+        stop_taking(lane);
         give_notice(lane, AV_LANE_FAILED);
     }
     lane->runnable = result > 0;
@@ -305,20 +312,37 @@ void av_lane_news(struct av_lane *lane)
     give_notice(lane, AV_LANE_NEWS);
 }
 
+static int watch_source(struct av_lane *lane, uint32_t index)
+{
+    const struct av_source *source = &lane->source[index];
+    struct epoll_event event = { .events = source->events | EPOLLET,
+                                 .data.u64 = event_data(lane, index) };
+
+    if (source->fd >= 0 &&
+        epoll_ctl(lane->home->epoll_fd, EPOLL_CTL_ADD, source->fd, &event) < 0)
+        return -errno;
+    return 0;
+}
+
+int av_lane_watch(struct av_lane *lane, int fd)
+{
+    uint32_t index = av_lane_add_source(lane, fd, EPOLLIN);
+    int result = lane->registered ? watch_source(lane, index) : 0;
+
+    if (result < 0)
+        lane->sources--;
+    return result;
+}
+
 static int watch_sources(struct av_lane *lane)
 {
-    for (uint32_t i = 0; i < lane->sources; i++) {
-        struct epoll_event event = { .events = lane->source[i].events | EPOLLET,
-                                     .data.u64 = event_data(lane, i) };
+    int result = 0;
 
-        if (lane->source[i].fd >= 0 &&
-            epoll_ctl(lane->home->epoll_fd, EPOLL_CTL_ADD, lane->source[i].fd, &event) < 0) {
-            int error = errno;
-            unregister(lane);
-            return -error;
-        }
-    }
-    return 0;
+    for (uint32_t i = 0; i < lane->sources && result == 0; i++)
+        result = watch_source(lane, i);
+    if (result < 0)
+        unregister(lane);
+    return result;
 }
 
 int av_lane_start(struct av_lane *lane)
@@ -345,7 +369,7 @@ int av_lane_hold(struct av_lane *lane)
     int rested;
 
     lock(lane->home);
-    lane->taking = false;
+    stop_taking(lane);
     if (lane->registered && lane->ops->idle(lane))
         unregister(lane);
     rested = !lane->registered;

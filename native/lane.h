@@ -21,6 +21,8 @@ struct av_lane_ops {
     bool (*pending)(struct av_lane *lane);
     /* Whether nothing is in flight. */
     bool (*idle)(const struct av_lane *lane);
+    /* `lane->taking` has become false: do not wait for permission to take any. NULL: it never does. */
+    void (*hold)(struct av_lane *lane);
 };
 
 /* Edge-triggered: an event says that something came since the last one, so nobody has to drain
@@ -54,6 +56,8 @@ int av_lane_init(struct av_lane *lane, struct av_home *home, const struct av_lan
 void av_lane_fini(struct av_lane *lane);
 /* A descriptor of the device's own, borrowed; its source number. Before the lane starts. */
 uint32_t av_lane_add_source(struct av_lane *lane, int fd, uint32_t epoll_events);
+/* So at any time, with the lock held, for EPOLLIN. 0 or -errno. */
+int av_lane_watch(struct av_lane *lane, int fd);
 /* For changes to what runs use, from other threads. */
 void av_lane_lock(struct av_lane *lane);
 void av_lane_unlock(struct av_lane *lane);

@@ -29,6 +29,12 @@ static bool can_transmit(const struct av_net *net)
     return net->lane.taking && !net->tx.full;
 }
 
+/* Whether chains of the transmit ring are of interest, should some come. */
+static bool awaits_chains(const struct av_net *net)
+{
+    return can_transmit(net) && !av_holds(&net->tx.hold) && !net->tx.throttle.waiting;
+}
+
 static int net_run(struct av_lane *lane, uint32_t ready)
 {
     struct av_net *net = of(lane);
@@ -77,7 +83,7 @@ static bool net_arm(struct av_lane *lane)
         return false;
     if (net->tx.full)
         more = tap_has_room(net);
-    else if (!av_holds(&net->tx.hold))
+    else if (awaits_chains(net))
         more = av_vring_kicks_on(net->tx.ring) != 0;
     /* While the guest has room, the TAP's event goes on with the ring, not a kick. */
     if (can_receive(net) && net->rx.starved)
@@ -91,7 +97,7 @@ static bool net_pending(struct av_lane *lane)
 
     if (can_receive(net) && net->rx.starved && av_vring_pending(net->rx.ring))
         return true;
-    return can_transmit(net) && !av_holds(&net->tx.hold) && av_vring_pending(net->tx.ring);
+    return awaits_chains(net) && av_vring_pending(net->tx.ring);
 }
 
 static bool net_idle(const struct av_lane *lane)
@@ -100,11 +106,18 @@ static bool net_idle(const struct av_lane *lane)
     return !av_holds(&((const struct av_net *)lane)->tx.hold);
 }
 
+static void net_hold(struct av_lane *lane)
+{
+    av_throttle_leave(&of(lane)->rx.throttle);
+    av_throttle_leave(&of(lane)->tx.throttle);
+}
+
 static const struct av_lane_ops lane_ops = {
     .run = net_run,
     .arm = net_arm,
     .pending = net_pending,
     .idle = net_idle,
+    .hold = net_hold,
 };
 
 static int set_up(struct av_net *net, struct av_home *home, int fd)
@@ -143,6 +156,8 @@ struct av_net *av_net_create(struct av_home *home, int fd, struct av_cable_end *
     net->tx.ring = tx;
     net->tx.timer_fd = -1;
     av_hold_init(&net->tx.hold);
+    av_throttle_init(&net->rx.throttle);
+    av_throttle_init(&net->tx.throttle);
     net->rx.readable = net->link_up = true;
     *error = set_up(net, home, fd);
     if (*error != 0) {
@@ -157,6 +172,8 @@ void av_net_destroy(struct av_net *net)
     if (net == NULL)
         return;
     av_lane_fini(&net->lane);
+    av_throttle_fini(&net->rx.throttle);
+    av_throttle_fini(&net->tx.throttle);
     if (net->tx.timer_fd >= 0)
         close(net->tx.timer_fd);
     if (net->rx.staging != NULL)
@@ -208,6 +225,18 @@ void av_net_set_filter(struct av_net *net, const struct av_net_filter *filter)
     av_lane_unlock(&net->lane);
 }
 
+int av_net_limit(struct av_net *net, struct av_limiter *rx, struct av_limiter *tx)
+{
+    int result;
+
+    av_lane_lock(&net->lane);
+    result = av_throttle_attach(&net->rx.throttle, &net->lane, rx);
+    if (result == 0)
+        result = av_throttle_attach(&net->tx.throttle, &net->lane, tx);
+    av_lane_unlock(&net->lane);
+    return result;
+}
+
 int av_net_take_error(struct av_net *net)
 {
     int error;
@@ -223,5 +252,7 @@ void av_net_statistics(struct av_net *net, struct av_net_stats *out)
 {
     av_lane_lock(&net->lane);
     *out = net->stats;
+    out->rx_throttled = net->rx.throttle.waits;
+    out->tx_throttled = net->tx.throttle.waits;
     av_lane_unlock(&net->lane);
 }

@@ -7,6 +7,7 @@
 
 #include "cable.h"
 #include "home.h"
+#include "throttle.h"
 #include "vring.h"
 
 /* cdef begin */
@@ -19,6 +20,8 @@ struct av_net_stats {
     uint64_t tx_packets;
     uint64_t tx_bytes;
     uint64_t tx_dropped; /* refused by the TAP, shorter than a header, or without a cable */
+    uint64_t rx_throttled; /* times that packets had to wait for the limiter */
+    uint64_t tx_throttled;
 };
 
 /* What the guest wants to receive (section 5.1.6.5.1 to 3). `mac` counts as one of its addresses. */
@@ -54,6 +57,9 @@ void av_net_stop(struct av_net *net);
 void av_net_set_link(struct av_net *net, int up);
 /* Drop what does not pass, copied; NULL: all passes. */
 void av_net_set_filter(struct av_net *net, const struct av_net_filter *filter);
+/* Obey these from now on; borrowed. Nothing when it does already. 0 or -errno. What the guest
+ * receives counts, and all that it sends, dropped or not; bytes without headers. */
+int av_net_limit(struct av_net *net, struct av_limiter *rx, struct av_limiter *tx);
 /* The errno with which the TAP refused to be read since the last call, 0: none. Nothing is
  * received after one, until av_net_set_link(). */
 int av_net_take_error(struct av_net *net);

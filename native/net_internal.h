@@ -8,6 +8,7 @@
 #include "hold.h"
 #include "lane.h"
 #include "net.h"
+#include "throttle.h"
 
 #define AV_NET_HEADER_BYTES 12u
 #define AV_NET_NUM_BUFFERS_AT 10u
@@ -26,6 +27,7 @@ struct av_net_held {
 
 struct av_net_rx {
     struct av_vring *ring;
+    struct av_throttle throttle;
     bool mergeable;
     bool readable; /* the TAP may hold packets: it was not seen empty since its last event */
     bool is_staged; /* `staging` is behind the buffers held */
@@ -48,6 +50,7 @@ struct av_net_rx {
 
 struct av_net_tx {
     struct av_vring *ring;
+    struct av_throttle throttle;
     struct av_hold hold;
     int timer_fd; /* ends a hold */
     uint32_t done; /* chains shown since the ring was flushed */

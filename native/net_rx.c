@@ -101,6 +101,7 @@ static void deliver(struct av_net *net, uint32_t bytes)
     }
     net->stats.rx_packets++;
     net->stats.rx_bytes += bytes - AV_NET_HEADER_BYTES;
+    av_throttle_charge(&net->rx.throttle, 1, bytes - AV_NET_HEADER_BYTES);
 }
 
 /* Whether the packet of `bytes` that was just read is for the guest. */
@@ -164,7 +165,8 @@ static ssize_t read_packet(struct av_net *net)
                       : readv(net->fd, iov, (int)count);
 }
 
-/* One packet; 1 done, 0 the guest has no room for it, -EAGAIN the TAP is empty, or -errno. */
+/* One packet; 1 done, 0 the guest has no room for it, -EAGAIN the TAP is empty, -EBUSY it has to
+ * wait for the limiter, or -errno. */
 static int receive_one(struct av_net *net)
 {
     struct av_net_rx *rx = &net->rx;
@@ -178,6 +180,8 @@ static int receive_one(struct av_net *net)
         return result;
     if (rx->held_bytes == 0)
         return 0;
+    if (!av_throttle_admits(&rx->throttle, NULL))
+        return -EBUSY;
     got = read_packet(net);
     if (got <= 0)
         return got == 0 ? -EIO : -errno;
@@ -211,16 +215,20 @@ int av_net_receive(struct av_net *net)
 
     av_vring_kicks_off(rx->ring);
     rx->starved = false;
+    av_throttle_begin(&rx->throttle);
     while (result > 0 && left != 0) {
         result = receive_one(net);
         if (--left % FLUSH_EVERY == 0)
             av_vring_flush(rx->ring);
     }
+    av_throttle_end(&rx->throttle);
     av_vring_flush(rx->ring);
     if (result >= 0) {
         rx->starved = result == 0;
         return result;
     }
+    if (result == -EBUSY)
+        return 0;
     rx->readable = false;
     if (result == -EPROTO)
         return result;

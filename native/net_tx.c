@@ -39,9 +39,11 @@ static int send_one(struct av_net *net, const struct av_chain *chain)
         /* The header is the guest's, and the TAP refuses what makes no sense; or there is no
          * cable. Either way a real wire would have lost it. */
         net->stats.tx_dropped++;
+        av_throttle_charge(&net->tx.throttle, 1, 0);
     } else {
         net->stats.tx_packets++;
         net->stats.tx_bytes += (uint64_t)sent - AV_NET_HEADER_BYTES;
+        av_throttle_charge(&net->tx.throttle, 1, (uint64_t)sent - AV_NET_HEADER_BYTES);
     }
     av_vring_push(net->tx.ring, chain->head, 0);
     net->tx.done++;
@@ -65,7 +67,7 @@ bool av_net_holds_back(struct av_net *net)
 
     if (tx->done == 0)
         return false;
-    due = net->lane.taking && !tx->full && av_vring_interrupt_due(tx->ring);
+    due = net->lane.taking && !tx->full && !tx->throttle.waiting && av_vring_interrupt_due(tx->ring);
     until_ns = av_hold_until(&tx->hold, tx->done - tx->hold.count, due, now_ns());
     if (until_ns == 0 || until_ns == before_ns)
         return until_ns != 0;
@@ -82,6 +84,14 @@ void av_net_flush_tx(struct av_net *net)
     av_vring_flush(net->tx.ring);
 }
 
+/* As av_vring_pop(). */
+static int take(struct av_net *net, struct av_chain *chain, struct iovec *iov)
+{
+    if (!av_throttle_admits(&net->tx.throttle, net->tx.ring))
+        return 0;
+    return av_vring_pop(net->tx.ring, chain, iov, AV_NET_CHAIN_IOV_MAX);
+}
+
 int av_net_transmit(struct av_net *net)
 {
     struct av_vring *ring = net->tx.ring;
@@ -91,7 +101,8 @@ int av_net_transmit(struct av_net *net)
     int result = 0;
 
     av_vring_kicks_off(ring);
-    while (left != 0 && (result = av_vring_pop(ring, &chain, iov, AV_NET_CHAIN_IOV_MAX)) > 0) {
+    av_throttle_begin(&net->tx.throttle);
+    while (left != 0 && (result = take(net, &chain, iov)) > 0) {
         if (send_one(net, &chain) < 0) {
             av_vring_unpop(ring);
             net->tx.full = true;
@@ -101,6 +112,7 @@ int av_net_transmit(struct av_net *net)
         if (--left % SHOW_EVERY == 0)
             av_vring_show(ring);
     }
+    av_throttle_end(&net->tx.throttle);
     av_vring_show(ring);
     return result;
 }

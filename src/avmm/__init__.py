@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from avmm.virtio.devices.rng import Rng
     from avmm.virtio.devices.vsock import Vsock
     from avmm.virtio.home import HomeStatistics
+    from avmm.virtio.limit import RateLimit
     from avmm.virtio.python_device import Chain, PythonDevice
     from avmm.virtio.queue import QueueStatistics
 
@@ -99,6 +100,7 @@ _HOMES = {
     "PortStatistics": "avmm.hostnet.fabric",
     "PythonDevice": "avmm.virtio.python_device",
     "QueueStatistics": "avmm.virtio.queue",
+    "RateLimit": "avmm.virtio.limit",
     "Resumed": "avmm.machine.events",
     "Rng": "avmm.virtio.devices.rng",
     "SerialStatistics": "avmm.legacy.serial16550",
@@ -160,6 +162,7 @@ __all__ = [
     "Process",
     "PythonDevice",
     "QueueStatistics",
+    "RateLimit",
     "Resumed",
     "Rng",
     "SerialStatistics",

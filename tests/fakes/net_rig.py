@@ -171,10 +171,12 @@ async def net_rig(
     pairs: int = 1,
     uso: bool = False,
     size: int = 64,
+    tap: FakeTap | None = None,
     **options: object,
 ) -> AsyncIterator[Net]:
-    """A started NIC. accept, size: as MmioDriver.start(); options: further fields of Tap."""
-    tap = FakeTap(pairs, uso=uso)
+    """A started NIC. accept, size: as MmioDriver.start(); tap: in the place of one with `pairs` and
+    `uso`; options: further fields of Tap."""
+    tap = tap or FakeTap(pairs, uso=uso)
 
     async def build(context: DeviceContext) -> NetDevice:
         for wire in tap.wires:

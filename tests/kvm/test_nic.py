@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import avmm
 from avmm.virtio.transport.pci_common import QUEUE_SELECT
 from fakes.frames import BROADCAST, A, frame
+from fakes.mmio_driver import eventually
 from kvm.test_python_device import COMMON, DRIVER, NOTIFY, USED
 
 Assemble = Callable[[str], Path]
@@ -87,6 +90,23 @@ async def test_an_iteration_ends_with_the_guest(tiny_guest: Assemble) -> None:
                 await vm.kill()
         assert count >= 3
     assert await nic.receive() == b""
+
+
+async def test_a_guest_sends_no_more_than_its_limit_and_more_when_that_is_lifted(
+    tiny_guest: Assemble,
+) -> None:
+    nic = avmm.Nic(tx_limit=avmm.RateLimit(ops=1, ops_burst=2))
+    async with avmm.MicroVM(config(tiny_guest(SENDER), nic)) as vm:
+        for _ in range(2):
+            assert await anext(nic) == FRAME
+        await eventually(lambda: vm.statistics().devices["net0"].counters["tx_throttled"] > 0)
+        vm.set_nic_limits("net0", rx=None, tx=None)
+        for _ in range(20):
+            assert await anext(nic) == FRAME
+        with pytest.raises(avmm.ConfigError, match="no NIC 'blk0'"):
+            vm.set_nic_limits("blk0", rx=None, tx=None)
+        with pytest.raises(avmm.ConfigError, match="no disk 'net0'"):
+            vm.set_disk_limit("net0", None)
 
 
 async def test_a_cable_that_is_pulled_is_an_event(tiny_guest: Assemble) -> None:

@@ -40,12 +40,14 @@ from avmm.machine.lifecycle import State, uninterrupted
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.vcpu.thread import VcpuStatistics
 from avmm.virtio.device import DeviceStatistics
+from avmm.virtio.devices.blk import BlkDevice
 from avmm.virtio.devices.console import ConsoleDevice
 from avmm.virtio.devices.net import NetDevice
 from avmm.virtio.devices.port import GuestPort
 from avmm.virtio.devices.ports import PortsDevice
 from avmm.virtio.devices.vsock import VsockDevice
 from avmm.virtio.home import HomeStatistics
+from avmm.virtio.limit import RateLimit
 from avmm.vsock.host import VsockHost
 
 if TYPE_CHECKING:
@@ -264,6 +266,28 @@ class MicroVM(GuestCalls):
         if not isinstance(device, NetDevice):
             raise ConfigError("device", f"set_link: this microVM has no NIC {id!r}")
         device.set_link(up)
+
+    def set_disk_limit(self, id: str, limit: RateLimit | None) -> None:
+        """Limit how much a disk does from now on; None: no more.
+
+        id: the device's, "blk0" for the first disk without one of its own. Raises ConfigError when
+        there is no such disk, HostError.
+        """
+        device = self._running_parts("set_disk_limit").devices.get(id)
+        if not isinstance(device, BlkDevice):
+            raise ConfigError("device", f"set_disk_limit: this microVM has no disk {id!r}")
+        device.set_limit(limit)
+
+    def set_nic_limits(self, id: str, *, rx: RateLimit | None, tx: RateLimit | None) -> None:
+        """Limit what a NIC's guest receives and sends from now on; None: no more.
+
+        id: the device's, "net0" for the first NIC without one of its own. Raises ConfigError when
+        there is no such NIC or the kernel serves it (vhost=on), HostError.
+        """
+        device = self._running_parts("set_nic_limits").devices.get(id)
+        if not isinstance(device, NetDevice):
+            raise ConfigError("device", f"set_nic_limits: this microVM has no NIC {id!r}")
+        device.set_limits(rx=rx, tx=tx)
 
     def events(self, limit: int = EVENTS_LIMIT) -> Events:
         """What happens from this call on: `async for event in vm.events()`.

@@ -179,12 +179,41 @@ def test_option_strings_are_parsed_by_the_structs_fields() -> None:
     )
 
 
+def test_rate_limits_are_keys_of_their_device() -> None:
+    limit = avmm.RateLimit(bps="100M", ops=500, ops_burst=20)
+    text = "/x,bps=100M,ops=500,ops_burst=20"
+    assert parse_option(text, avmm.Disk, "--disk") == avmm.Disk("/x", limit=limit)
+    text = "t0,rx_bps=100M,rx_ops=500,rx_ops_burst=20,tx_ops=7"
+    tap = avmm.Tap("t0", rx_limit=limit, tx_limit=avmm.RateLimit(ops=7))
+    assert parse_option(text, avmm.Tap, "--net") == tap
+
+
+def test_rate_limits_in_a_file_are_a_table_or_keys(tmp_path: Path) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text(
+        'kernel = "k"\nnets = ["t0,tx_ops=7"]\n'
+        '[[disks]]\npath = "/x"\nlimit = {bps = "1M", ops = 5}\n'
+    )
+    config = Config.from_file(str(path))
+    assert config.disks == [avmm.Disk("/x", limit=avmm.RateLimit(bps="1M", ops=5))]
+    assert config.nets == [avmm.Tap("t0", tx_limit=avmm.RateLimit(ops=7))]
+    path.write_text('kernel = "k"\ndisks = [{path = "/x", limit = {iops = 5}}]\n')
+    with pytest.raises(avmm.ConfigError, match=r"disks\[0\]\.limit: unknown key 'iops'.*'ops'"):
+        Config.from_file(str(path))
+    path.write_text('kernel = "k"\ndisks = [{path = "/x", limit = {ops = "5"}}]\n')
+    with pytest.raises(avmm.ConfigError, match=r"disks\[0\]\.limit\.ops: '5' is not int"):
+        Config.from_file(str(path))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("/x,rw", "unknown key 'rw'"),
         ("/x,seral=1", "did you mean 'serial'"),
         ("/x,engine=no", "no"),
+        ("/x,ops=fast", "ops"),
+        ("/x,bps=0", "bps: 0 is not in 1 to 1024T"),
+        ("/x,rx_bps=1", "unknown key 'rx_bps'"),
     ],
 )
 def test_bad_option_strings_are_refused(text: str, message: str) -> None:

@@ -18,6 +18,7 @@ from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import Home, HomeChoice
+from avmm.virtio.limit import Limiter, RateLimit, attach
 from avmm.virtio.queue import SIZE_MAX, SIZE_MIN, Queue, check_queue_size
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ class Disk(Checked, frozen=True):
     ] = 256
     home: HomeChoice = "auto"
     id: Annotated[str | None, msgspec.Meta(description="name in logs and statistics")] = None
+    limit: Annotated[
+        RateLimit | None, msgspec.Meta(description="rate limit", extra={"prefix": ""})
+    ] = None
 
     device_type: ClassVar[DeviceType]
 
@@ -128,9 +132,11 @@ class BlkDevice(VirtioDevice):
         self._seg_max = _seg_max(config)
         self._pinned = config.pinned
         self.engine = ""
+        self._limiter = Limiter(context.stack, self._op)
         self._natives: list[CData] = []
         for queue in self.queues:
             self._add_native(config, queue)
+        self.set_limit(config.limit)
         self.set_config(self._config())
 
     def on_features(self, negotiated: int) -> None:
@@ -168,8 +174,20 @@ class BlkDevice(VirtioDevice):
         self.set_config(self._config())
         return self.disk.size_bytes
 
+    @property
+    def limit(self) -> RateLimit | None:
+        """How much it may do."""
+        return self._limiter.limit
+
+    def set_limit(self, limit: RateLimit | None) -> None:
+        """Limit what all queues do together, from now on. Raises HostError."""
+        if limit is not None:
+            native = self._limiter.native
+            attach(self._natives, lambda blk: lib.av_blk_limit(blk, native), self._op)
+        self._limiter.set(limit)
+
     def counters(self) -> dict[str, int]:
-        """Requests by kind, bytes, errors, and submissions to the engine."""
+        """Requests by kind, bytes, errors, submissions to the engine, and waits for the limit."""
         stats = ffi.new("struct av_blk_stats *")
         total = dict.fromkeys(_COUNTERS, 0)
         for native in self._natives:
@@ -228,7 +246,7 @@ class BlkDevice(VirtioDevice):
 
 _COUNTERS = (
     *("reads", "writes", "flushes", "discards", "write_zeroes", "get_ids", "unsupported"),
-    *("errors", "read_bytes", "write_bytes", "batches", "bounced"),
+    *("errors", "read_bytes", "write_bytes", "batches", "bounced", "throttled"),
 )
 
 

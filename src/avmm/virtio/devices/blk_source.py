@@ -17,6 +17,7 @@ from avmm.native import CData, ffi, lib
 from avmm.virtio.devices.blk import BLK, BlkDevice, check_blk
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import HomeChoice
+from avmm.virtio.limit import RateLimit
 from avmm.virtio.workers import Workers
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class AsyncDisk(Checked, frozen=True):
         int, msgspec.Meta(description="requests in flight at most, a power of two from 16 to 1024")
     ] = 256
     id: Annotated[str | None, msgspec.Meta(description="name in logs and statistics")] = None
+    limit: Annotated[
+        RateLimit | None, msgspec.Meta(description="rate limit", extra={"prefix": ""})
+    ] = None
 
     device_type: ClassVar[DeviceType]
     engine: ClassVar[Literal["loop"]] = "loop"

@@ -46,6 +46,7 @@ from avmm.virtio.devices.net_pairs import HostLink, NativePairs, Pairs
 from avmm.virtio.devices.net_vhost import VhostPairs
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import HomeChoice
+from avmm.virtio.limit import RateLimit
 from avmm.virtio.queue import SIZE_MAX, SIZE_MIN, check_queue_size
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,14 @@ class Tap(Checked, frozen=True):
     ] = False
     home: HomeChoice = "auto"
     id: Annotated[str | None, msgspec.Meta(description="name in logs and statistics")] = None
+    rx_limit: Annotated[
+        RateLimit | None,
+        msgspec.Meta(description="rate limit of what the guest receives", extra={"prefix": "rx_"}),
+    ] = None
+    tx_limit: Annotated[
+        RateLimit | None,
+        msgspec.Meta(description="rate limit of what the guest sends", extra={"prefix": "tx_"}),
+    ] = None
 
     device_type: ClassVar[DeviceType]
 
@@ -134,6 +143,10 @@ class Tap(Checked, frozen=True):
         if self.queues is not None and not 1 <= self.queues <= PAIRS_MAX:
             raise ConfigError("queues", f"{what}: queues={self.queues} is not in 1 to {PAIRS_MAX}")
         check_queue_size(self.queue_size, what)
+        if self.vhost and (self.rx_limit or self.tx_limit):
+            raise ConfigError(
+                "limit", f"{what}: vhost=on has no rate limits; leave one of them out"
+            )
 
 
 class NetConfig(Protocol):
@@ -149,6 +162,10 @@ class NetConfig(Protocol):
     def vhost(self) -> bool: ...
     @property
     def home(self) -> HomeChoice: ...
+    @property
+    def rx_limit(self) -> RateLimit | None: ...
+    @property
+    def tx_limit(self) -> RateLimit | None: ...
 
 
 class NetDevice(VirtioDevice):
@@ -181,6 +198,7 @@ class NetDevice(VirtioDevice):
         served_by = VhostPairs if config.vhost else NativePairs
         self._pairs: Pairs = served_by(self, tap, self.queues[:-1], config.home)
         self.state.offered &= ~self._pairs.withheld
+        self.set_limits(rx=config.rx_limit, tx=config.tx_limit)
         self.set_config(self._config())
 
     def on_activate(self, negotiated: int) -> None:
@@ -255,6 +273,11 @@ class NetDevice(VirtioDevice):
         does the host's interface. Raises HostError."""
         self.tap.set_carrier(up)
         self._set_link_up(up)
+
+    def set_limits(self, *, rx: RateLimit | None, tx: RateLimit | None) -> None:
+        """Limit what all pairs receive and send together, from now on. Raises ConfigError("limit"),
+        HostError."""
+        self._pairs.set_limits(rx, tx)
 
     def announce(self) -> None:
         """Ask the driver to tell the network where it is (5.1.6.5.4), if it can."""

@@ -11,6 +11,7 @@ from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devices.net_filter import ReceiveFilter
 from avmm.virtio.home import HomeChoice, Lane
+from avmm.virtio.limit import Limiter, RateLimit, attach
 from avmm.virtio.queue import Queue
 
 _ETHERNET_BYTES = 14 + 4
@@ -19,6 +20,7 @@ _LARGE_BYTES = 64 * 1024 + _ETHERNET_BYTES
 COUNTERS = (
     *("rx_packets", "rx_bytes", "rx_dropped", "rx_filtered", "rx_copied"),
     *("tx_packets", "tx_bytes", "tx_dropped"),
+    *("rx_throttled", "tx_throttled"),
 )
 
 
@@ -81,6 +83,10 @@ class Pairs(Protocol):
         """Receive only what the driver wants."""
         ...
 
+    def set_limits(self, rx: RateLimit | None, tx: RateLimit | None) -> None:
+        """How much all pairs may receive and send. Raises ConfigError("limit"), HostError."""
+        ...
+
     def take_error(self) -> int:
         """The errno with which the TAP failed since the last call, or 0."""
         ...
@@ -99,6 +105,8 @@ class NativePairs:
         self, device: VirtioDevice, tap: HostLink, queues: Sequence[Queue], choice: HomeChoice
     ) -> None:
         self._tap = tap
+        self._rx_limiter = Limiter(device.context.stack, f"Net {tap.name}")
+        self._tx_limiter = Limiter(device.context.stack, f"Net {tap.name}")
         self._natives: list[CData] = []
         self._lanes: list[Lane] = []
         for fd, rx, tx in zip(tap.fds, queues[::2], queues[1::2], strict=True):
@@ -142,13 +150,21 @@ class NativePairs:
         for native in self._natives:
             lib.av_net_set_filter(native, wanted.native(mac))
 
+    def set_limits(self, rx: RateLimit | None, tx: RateLimit | None) -> None:
+        """Each pair obeys the same two."""
+        if rx is not None or tx is not None:
+            limiters = self._rx_limiter.native, self._tx_limiter.native
+            attach(self._natives, lambda net: lib.av_net_limit(net, *limiters), self._tap.name)
+        self._rx_limiter.set(rx)
+        self._tx_limiter.set(tx)
+
     def take_error(self) -> int:
         """That of one of them."""
         errors = [int(lib.av_net_take_error(native)) for native in self._natives]
         return max(errors, default=0)
 
     def counters(self) -> dict[str, int]:
-        """Packets and bytes both ways, and what was dropped."""
+        """Packets and bytes both ways, what was dropped, and waits for the limits."""
         stats = ffi.new("struct av_net_stats *")
         total = dict.fromkeys(COUNTERS, 0)
         for native in self._natives:

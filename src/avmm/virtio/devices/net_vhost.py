@@ -8,7 +8,7 @@ import os
 import select
 from collections.abc import Sequence
 
-from avmm.errors import GuestFault, HostError
+from avmm.errors import ConfigError, GuestFault, HostError
 from avmm.eventfd import owned_eventfd
 from avmm.hostnet.vhost import NO_FD, VhostNet, VhostRing
 from avmm.native import ffi, lib
@@ -17,6 +17,7 @@ from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devices.net_filter import ReceiveFilter
 from avmm.virtio.devices.net_pairs import HostLink
 from avmm.virtio.home import HomeChoice, Lane
+from avmm.virtio.limit import RateLimit
 from avmm.virtio.queue import Queue
 
 _RING_FEATURES = features.transport("packed") | features.IN_ORDER | features.NET_MRG_RXBUF
@@ -101,6 +102,11 @@ class VhostPairs:
 
     def set_filter(self, wanted: ReceiveFilter, mac: bytes) -> None:
         """Nothing: filters are not offered."""
+
+    def set_limits(self, rx: RateLimit | None, tx: RateLimit | None) -> None:
+        """None: the kernel knows no such thing."""
+        if rx is not None or tx is not None:
+            raise ConfigError("limit", f"Net {self._tap.name}: vhost=on has no rate limits")
 
     def take_error(self) -> int:
         """What became of the TAP."""

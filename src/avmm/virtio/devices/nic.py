@@ -17,6 +17,7 @@ from avmm.native import CData
 from avmm.virtio.devices.net import NET, NetDevice
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import HomeChoice
+from avmm.virtio.limit import RateLimit
 from avmm.virtio.queue import check_queue_size
 
 _MTU_DEFAULT = 1500
@@ -34,6 +35,8 @@ class NicSettings(Checked, frozen=True):
     queue_bytes: int
     home: HomeChoice
     id: str | None
+    rx_limit: RateLimit | None
+    tx_limit: RateLimit | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +64,7 @@ class Nic(FrameStream):
     IPv4 address with the prefix, like 10.0.0.2/24, and its router, given to it by the kernel's
     ip=. queue_size: packets that a ring holds. queue_bytes: of frames that wait in each direction,
     see FrameStream. home: where its queues are served. id: its name in logs and statistics.
-    Raises ConfigError.
+    rx_limit, tx_limit: rate limits of what the guest receives and sends. Raises ConfigError.
     """
 
     device_type: ClassVar[DeviceType]
@@ -79,8 +82,12 @@ class Nic(FrameStream):
         queue_bytes: int = QUEUE_DEFAULT_BYTES,
         home: HomeChoice = "auto",
         id: str | None = None,
+        rx_limit: RateLimit | None = None,
+        tx_limit: RateLimit | None = None,
     ) -> None:
-        NicSettings(mac, mtu, guest, gateway, queue_size, queue_bytes, home, id)
+        NicSettings(
+            *(mac, mtu, guest, gateway, queue_size, queue_bytes, home, id, rx_limit, tx_limit)
+        )
         self.mac = mac or random_mac()
         self.mtu = mtu
         self.guest = guest
@@ -88,6 +95,8 @@ class Nic(FrameStream):
         self.queue_size = queue_size
         self.home: HomeChoice = home
         self.id = id
+        self.rx_limit = rx_limit
+        self.tx_limit = tx_limit
         self._guest_end, end = make_cable(queue_bytes)
         super().__init__(end, f"Nic {id or self.mac}")
         end.set_up(True)
