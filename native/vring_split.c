@@ -64,6 +64,7 @@ static int follow(struct av_vring *ring, uint16_t head, struct av_walk *walk)
 {
     const void *table = ring->split.desc;
     uint32_t entries = ring->size, left = ring->size, at = head;
+    bool in_table = false; /* not told by where it is: that may be within the ring */
 
     for (;;) {
         struct av_desc desc;
@@ -77,11 +78,12 @@ static int follow(struct av_vring *ring, uint16_t head, struct av_walk *walk)
         desc = av_desc_copy(table, at);
         flags = (uint16_t)(desc.rest >> 32);
         if (flags & AV_DESC_INDIRECT) {
-            if (!ring->indirect || table != ring->split.desc || (flags & AV_DESC_NEXT))
+            if (!ring->indirect || in_table || (flags & AV_DESC_NEXT))
                 return AV_FAULT_INDIRECT_NESTED;
             fault = av_walk_table(ring, &desc, &table, &entries);
             if (fault != AV_FAULT_NONE)
                 return fault;
+            in_table = true;
             left = entries;
             at = 0;
             continue;

@@ -142,6 +142,12 @@ def test_an_indirect_table_inside_another_is_a_fault(native: NativeRing) -> None
     assert native.fault_of_pop() == "indirect-nested"
 
 
+def test_a_ring_that_is_its_own_indirect_table_is_a_fault(native: NativeRing) -> None:
+    native.driver.write_desc(0, native.driver.desc_gpa, 16, INDIRECT, 0)
+    native.driver.offer_head(0)
+    assert native.fault_of_pop() == "indirect-nested"
+
+
 def test_an_indirect_table_that_goes_on_in_the_ring_is_a_fault(native: NativeRing) -> None:
     native.driver.write_desc(0, TABLE_GPA, 16, INDIRECT | NEXT, 1)
     native.driver.offer_head(0)
