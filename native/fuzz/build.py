@@ -1,0 +1,125 @@
+"""Builds the fuzz targets: with libFuzzer by clang to find inputs, and with a main that replays
+files by any compiler that has sanitizers.
+
+A target is native/fuzz/target_NAME.c, and its name NAME; tests/corpora/NAME holds its inputs. It is
+linked with the other sources of this folder and with the library it is a door to: the shim, or
+native/agent when NAME begins with "agent".
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+NATIVE = HERE.parent
+CORPORA = NATIVE.parent / "tests/corpora"
+
+PREFIX = "target_"
+REPLAY = HERE / "replay.c"
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+@dataclass(frozen=True)
+class Target:
+    """sources: all it is made of but what runs it. parsers: those whose coverage counts."""
+
+    name: str
+    sources: tuple[Path, ...]
+    parsers: tuple[Path, ...]
+    link: tuple[str, ...] = ("-luring", "-lpthread")
+
+    @property
+    def corpus(self) -> Path:
+        """Where its committed inputs are."""
+        return CORPORA / self.name
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """How sources are compiled: `coverage` is for parsers, `engine` links what runs a target."""
+
+    compiler: str
+    options: tuple[str, ...]
+    coverage: tuple[str, ...] = ()
+    engine: tuple[str, ...] = ()
+    main: tuple[Path, ...] = ()
+
+
+LIBFUZZER = Toolchain(
+    "clang",
+    ("-O1", *SANITIZERS),
+    coverage=("-fsanitize=fuzzer-no-link",),
+    engine=("-fsanitize=fuzzer",),
+)
+
+
+def replaying(compiler: str) -> Toolchain:
+    """Programs that take files and give each to the target."""
+    return Toolchain(compiler, ("-O0", *SANITIZERS), main=(REPLAY,))
+
+
+def targets() -> list[Target]:
+    """All there are, by name."""
+    shared = sorted({*HERE.glob("*.c")} - {REPLAY, *HERE.glob(f"{PREFIX}*.c")})
+    agent = sorted({*NATIVE.glob("agent/*.c")} - {NATIVE / "agent/main.c"})
+    shim = sorted(NATIVE.glob("*.c"))
+    found = []
+    for source in sorted(HERE.glob(f"{PREFIX}*.c")):
+        name = source.stem.removeprefix(PREFIX)
+        if name.startswith("agent"):
+            found.append(Target(name, (source, HERE / "input.c"), tuple(agent)))
+        else:
+            found.append(Target(name, (source, *shared), tuple(shim)))
+    return found
+
+
+def build(chosen: Sequence[Target], toolchain: Toolchain, folder: Path) -> dict[str, Path]:
+    """A program for each target, by its name; what is up to date in `folder` stays.
+
+    Raises subprocess.CalledProcessError with the compiler's words in `stderr`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parsers = {path for target in chosen for path in target.parsers}
+    sources = {path for target in chosen for path in target.sources} | {*toolchain.main}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        covered = dict.fromkeys(parsers, toolchain.coverage)
+        jobs = {
+            path: pool.submit(_compile, path, toolchain, covered.get(path, ()), folder)
+            for path in sorted(parsers | sources)
+        }
+        objects = {path: job.result() for path, job in jobs.items()}
+        links = [pool.submit(_link, target, toolchain, objects, folder) for target in chosen]
+        return {target.name: link.result() for target, link in zip(chosen, links, strict=True)}
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _compile(source: Path, toolchain: Toolchain, coverage: Sequence[str], folder: Path) -> Path:
+    made = folder / ("-".join(source.relative_to(NATIVE).parts) + ".o")
+    inputs = (source, Path(__file__), *NATIVE.rglob("*.h"))
+    if made.exists() and made.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
+        return made
+    options = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror", f"-I{NATIVE}")
+    command = [toolchain.compiler, *options, *toolchain.options, *coverage]
+    _run([*command, "-c", str(source), "-o", str(made)])
+    return made
+
+
+def _link(target: Target, toolchain: Toolchain, objects: dict[Path, Path], folder: Path) -> Path:
+    """The parsers go in by an archive: of those, only what the target reaches."""
+    program = folder / f"fuzz-{target.name}"
+    archive = program.with_suffix(".a")
+    archive.unlink(missing_ok=True)
+    _run(["ar", "rcsT", str(archive), *(str(objects[path]) for path in target.parsers)])
+    own = [str(objects[path]) for path in (*target.sources, *toolchain.main)]
+    options = (*toolchain.options, *toolchain.engine)
+    command = [toolchain.compiler, *options, *own, str(archive), *target.link]
+    _run([*command, "-o", str(program)])
+    return program

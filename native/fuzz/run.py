@@ -1,0 +1,146 @@
+"""Runs fuzz targets under libFuzzer and says what they reached; `scripts/fuzz` is how to call it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from build import CORPORA, LIBFUZZER, NATIVE, Target, build, targets
+
+WORK = NATIVE.parent / "build/fuzz"
+FOUND = WORK / "found"
+GROWN = WORK / "corpora"
+
+INPUT_BYTES_MAX = 4096
+COMMITTED_BYTES_MAX = 512
+TIMEOUT_S = 5
+RSS_LIMIT_MIB = 1024
+
+LIMITS = (f"-timeout={TIMEOUT_S}", f"-rss_limit_mb={RSS_LIMIT_MIB}")
+# After a fault the input is what matters, and it is kept.
+ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=1:allocator_may_return_null=1"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """edges: covered, of those in what the target links. kept: the input that failed."""
+
+    executions: int
+    executions_per_s: int
+    edges: int
+    edges_there: int
+    kept: Path | None
+    failed: bool
+    output: str
+
+
+def last(pattern: str, text: str) -> int:
+    """The last number that a pattern finds; 0 without one."""
+    found = re.findall(pattern, text)
+    return int(found[-1]) if found else 0
+
+
+def run(target: Target, program: Path, seconds: int) -> Outcome:
+    """Fuzz one target, from its committed corpus and what earlier runs have added to that."""
+    grown = GROWN / target.name
+    for folder in (grown, FOUND, target.corpus):
+        folder.mkdir(parents=True, exist_ok=True)
+    before = set(FOUND.iterdir())
+    command = [str(program), f"-max_total_time={seconds}", f"-max_len={INPUT_BYTES_MAX}", *LIMITS]
+    command += ["-print_final_stats=1", f"-artifact_prefix={FOUND}/{target.name}-"]
+    ended = subprocess.run(
+        [*command, str(grown), str(target.corpus)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | ENVIRONMENT,
+        text=True,
+        errors="replace",
+    )
+    output = ended.stderr
+    executions = last(r"number_of_executed_units: (\d+)", output)
+    return Outcome(
+        executions=executions,
+        executions_per_s=last(r"average_exec_per_sec: +(\d+)", output),
+        edges=last(r"cov: (\d+)", output),
+        edges_there=last(r"\((\d+) inline 8-bit counters\)", output),
+        kept=next(iter(set(FOUND.iterdir()) - before), None),
+        failed=ended.returncode != 0,
+        output=output,
+    )
+
+
+def merge(target: Target, program: Path) -> None:
+    """Make the committed corpus anew: the smallest files that reach what all known ones reach."""
+    new = WORK / f"merged-{target.name}"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    GROWN.joinpath(target.name).mkdir(parents=True, exist_ok=True)
+    command = [str(program), "-set_cover_merge=1", "-use_counters=0", *LIMITS]
+    command += [f"-max_len={COMMITTED_BYTES_MAX}", str(new)]
+    command += [str(target.corpus), str(GROWN / target.name)]
+    subprocess.run(command, check=True, capture_output=True)
+    # What once failed is kept by its name, whatever else reaches the same.
+    for kept in target.corpus.glob("found-*"):
+        shutil.copy(kept, new / kept.name)
+    shutil.rmtree(target.corpus)
+    shutil.move(new, target.corpus)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/fuzz", description=__doc__.split(";")[0])
+    parser.add_argument("target", nargs="*", help="all without")
+    parser.add_argument("--seconds", type=int, default=60, help="for each target, 60")
+    parser.add_argument("--list", action="store_true", help="name the targets")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help=f"do not fuzz, but make {CORPORA.relative_to(NATIVE.parent)}/TARGET anew"
+        " of what runs have found",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """The command; its exit status."""
+    options, known = arguments(), {target.name: target for target in targets()}
+    if options.list:
+        print(*known, sep="\n")
+        return 0
+    unknown = [name for name in options.target if name not in known]
+    if unknown:
+        print(f"fuzz: no target {unknown[0]!r}; known: {' '.join(known)}", file=sys.stderr)
+        return 2
+    chosen = [known[name] for name in options.target] or list(known.values())
+    try:
+        programs = build(chosen, LIBFUZZER, WORK / "programs")
+    except subprocess.CalledProcessError as e:
+        print(e.stderr, file=sys.stderr)
+        return 1
+    failed = False
+    for target in chosen:
+        if options.merge:
+            merge(target, programs[target.name])
+            sizes = [path.stat().st_size for path in target.corpus.iterdir()]
+            print(f"{target.name}: {len(sizes)} files, {sum(sizes)} bytes", flush=True)
+            continue
+        outcome = run(target, programs[target.name], options.seconds)
+        failed |= outcome.failed
+        print(
+            f"{target.name}: {outcome.executions} executions, {outcome.executions_per_s}/s,"
+            f" {outcome.edges} of {outcome.edges_there} edges",
+            flush=True,
+        )
+        if outcome.failed:
+            print(outcome.output[-6000:], file=sys.stderr)
+            print(f"{target.name}: FAILED, by the input {outcome.kept}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

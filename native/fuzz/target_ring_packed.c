@@ -1,0 +1,8 @@
+/* The packed ring (virtio 1.3 section 2.8), with a hostile driver. */
+#include "ring.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    fuzz_ring(data, size, true);
+    return 0;
+}
