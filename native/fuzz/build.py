@@ -50,6 +50,9 @@ class Toolchain:
     main: tuple[Path, ...] = ()
 
 
+# What parsers call of the host that an input is to decide, as fuzz_NAME() does instead.
+REPLACED = ("clock_gettime", "getrandom", "kill")
+
 LIBFUZZER = Toolchain(
     "clang",
     ("-O1", *SANITIZERS),
@@ -87,9 +90,10 @@ def build(chosen: Sequence[Target], toolchain: Toolchain, folder: Path) -> dict[
     parsers = {path for target in chosen for path in target.parsers}
     sources = {path for target in chosen for path in target.sources} | {*toolchain.main}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        covered = dict.fromkeys(parsers, toolchain.coverage)
+        replace = tuple(f"-D{name}=fuzz_{name}" for name in REPLACED)
+        extra = dict.fromkeys(parsers, (*toolchain.coverage, *replace))
         jobs = {
-            path: pool.submit(_compile, path, toolchain, covered.get(path, ()), folder)
+            path: pool.submit(_compile, path, toolchain, extra.get(path, ()), folder)
             for path in sorted(parsers | sources)
         }
         objects = {path: job.result() for path, job in jobs.items()}
@@ -101,13 +105,13 @@ def _run(command: Sequence[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def _compile(source: Path, toolchain: Toolchain, coverage: Sequence[str], folder: Path) -> Path:
+def _compile(source: Path, toolchain: Toolchain, extra: Sequence[str], folder: Path) -> Path:
     made = folder / ("-".join(source.relative_to(NATIVE).parts) + ".o")
     inputs = (source, Path(__file__), *NATIVE.rglob("*.h"))
     if made.exists() and made.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
         return made
     options = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror", f"-I{NATIVE}")
-    command = [toolchain.compiler, *options, *toolchain.options, *coverage]
+    command = [toolchain.compiler, *options, *toolchain.options, *extra]
     _run([*command, "-c", str(source), "-o", str(made)])
     return made
 

@@ -1,4 +1,4 @@
-"""Runs fuzz targets under libFuzzer and says what they reached; `scripts/fuzz` is how to call it."""
+"""Runs fuzz targets under libFuzzer and says what they reached; call it by `scripts/fuzz`."""
 
 from __future__ import annotations
 

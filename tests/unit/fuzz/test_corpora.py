@@ -19,7 +19,8 @@ CORPUS_BYTES_MAX = 64 << 10
 def _builder() -> ModuleType:
     """native/fuzz/build.py, which is in no package."""
     spec = importlib.util.spec_from_file_location("fuzz_build", ROOT / "native/fuzz/build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
