@@ -133,6 +133,8 @@ def convert_text(values: Mapping[str, Any], struct: type[T], what: str) -> T:
         if isinstance(e.__cause__, ConfigError):
             raise e.__cause__ from None
         raise ConfigError("value", f"{what}: {e}") from e
+    except UnicodeEncodeError as e:
+        raise ConfigError("value", f"{what}: {e.object[e.start : e.end]!r} is not UTF-8") from e
 
 
 def convert(values: Mapping[str, Any], struct: type[T], what: str) -> T:

@@ -18,7 +18,10 @@ def encode(cmdline: str, max_bytes: int = LINUX_MAX_BYTES) -> bytes:
     """
     if any(c in cmdline for c in "\n\r\0"):
         raise ConfigError("cmdline", f"Command line {cmdline!r}: it must be a single line")
-    data = cmdline.encode()
+    try:
+        data = cmdline.encode()
+    except UnicodeEncodeError as e:
+        raise ConfigError("cmdline", f"Command line {cmdline!r}: it is not UTF-8") from e
     if len(data) > max_bytes:
         raise ConfigError(
             "cmdline",

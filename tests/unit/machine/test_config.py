@@ -214,6 +214,7 @@ def test_rate_limits_in_a_file_are_a_table_or_keys(tmp_path: Path) -> None:
         ("/x,ops=fast", "ops"),
         ("/x,bps=0", "bps: 0 is not in 1 to 1024T"),
         ("/x,rx_bps=1", "unknown key 'rx_bps'"),
+        ("/x,queues=\udcff", "not UTF-8"),
     ],
 )
 def test_bad_option_strings_are_refused(text: str, message: str) -> None:
