@@ -21,7 +21,6 @@ _XLF_KERNEL_64 = 1 << 0
 _UNPACKED_MAX_BYTES = 1024 * MIB
 _LZ4_LEGACY_BLOCK_BYTES = 8 * MIB
 _CHUNK_BYTES = 4 * MIB
-_ZSTD_INPUT_BYTES = 1 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +141,13 @@ def _bzip2(payload: memoryview) -> Iterator[bytes]:
 def _zstd(payload: memoryview) -> Iterator[bytes]:
     import zstandard
 
-    unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+    # A reader, since what it gives at a time is bounded: a few bytes of a frame can be gigabytes.
+    unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     try:
-        for at in range(0, len(payload), _ZSTD_INPUT_BYTES):
-            yield unpacker.decompress(payload[at : at + _ZSTD_INPUT_BYTES])
-            if unpacker.eof:
-                return
+        # Without the last word, as for lz4.
+        with unpacker.stream_reader(payload[:-4]) as reader:
+            while chunk := reader.read(_CHUNK_BYTES):
+                yield chunk
     except zstandard.ZstdError as e:
         raise ValueError(str(e)) from e
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from avmm.boot.bzimage import unpack
 from avmm.boot.load import BootSource, load
 from avmm.errors import ConfigError
 from avmm.mem import layout
@@ -135,6 +136,19 @@ def test_a_truncated_payload_is_an_error(boot: Boot, name: str) -> None:
         boot(bzimage(packed[: len(packed) * 2 // 3]))
 
 
+def test_a_payload_is_unpacked_piece_by_piece_whatever_it_becomes() -> None:
+    block_bytes, blocks = 128 << 10, 160
+    frame = b"\x28\xb5\x2f\xfd\x00\x70"  # a window of 16 MiB, no size
+    for index in range(blocks):  # of one byte, repeated
+        frame += struct.pack("<I", (index == blocks - 1) | 1 << 1 | block_bytes << 3)[:3] + b"A"
+    assert len(frame) < 1 << 10
+    chunks = unpack(memoryview(frame + struct.pack("<I", blocks * block_bytes)))
+    assert chunks is not None
+    pieces = list(chunks)
+    assert sum(map(len, pieces)) == blocks * block_bytes
+    assert max(map(len, pieces)) <= 4 * MIB
+
+
 def test_an_unknown_compression_is_left_to_the_guest(memory: GuestMemory, boot: Boot) -> None:
     image = bzimage(b"\x89LZO payload")
     entry = boot(image)
@@ -209,7 +223,9 @@ def test_an_initrd_that_only_fits_above_4_gib_is_refused(tmp_path: Path) -> None
     memory.close()
 
 
-@pytest.mark.parametrize(("line", "message"), [("a" * 2048, "2047"), ("a\nb", "single line")])
+@pytest.mark.parametrize(
+    ("line", "message"), [("a" * 2048, "2047"), ("a\nb", "single line"), ("\udcff", "UTF-8")]
+)
 def test_a_command_line_the_kernel_would_not_take_is_refused(
     boot: Boot, line: str, message: str
 ) -> None:
