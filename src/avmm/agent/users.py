@@ -7,6 +7,7 @@ from avmm.agent.files import Files
 from avmm.errors import ConfigError
 
 _PASSWD_MAX_BYTES = 1 << 20
+_ID_DIGITS_MAX = 10
 
 
 async def resolve(files: Files, user: str | int | None, group: str | int | None) -> tuple[int, int]:
@@ -38,7 +39,7 @@ async def _find(files: Files, path: str, name: str) -> list[str]:
 
 
 def _id(text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _ID_DIGITS_MAX:
         raise ConfigError("user", f"exec: {text!r} in the guest's files is no user or group number")
     return _checked(int(text))
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from avmm import AvmmError, GuestFault, HostError
+from avmm import AvmmError, ConfigError, GuestFault, HostError
 from avmm.agent import protocol
 from avmm.agent.client import Agent
 from avmm.agent.protocol import HEAD, Type, frame
@@ -234,3 +234,12 @@ async def test_an_agent_that_was_closed_refuses_at_once() -> None:
         agent.close()
         with pytest.raises(HostError, match="has ended"):
             await agent.exec(["true"])
+
+
+@pytest.mark.parametrize("id", ["-1", "x", "", "4294967295", "9" * 5000])
+async def test_a_number_that_no_user_has_is_an_error(id: str) -> None:
+    line = f"somebody:x:{id}:5::/:\n".encode()
+    read = frame(Type.OK, bytes(protocol._STAT.size)) + frame(Type.DATA, line) + frame(Type.END)
+    async with answering(read) as agent:
+        with pytest.raises(ConfigError, match="number"):
+            await agent.exec(["x"], user="somebody")
