@@ -290,6 +290,18 @@ async def test_messages_that_mean_nothing_are_counted(started: Started, data: by
         await opened(guest)
 
 
+async def test_a_driver_that_refuses_for_ever_is_not_logged_for_ever(
+    started: Started, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with started() as guest:
+        for _ in range(50):
+            await guest.says(0, Event.DEVICE_READY, 0)
+            await guest.says(1, Event.PORT_READY, 0)
+    assert [r.getMessage().partition("(")[2] for r in caplog.records] == [
+        f"message {1 << bit})" for bit in range(7)
+    ]
+
+
 async def test_messages_before_the_port_was_added_mean_nothing(started: Started) -> None:
     async with started(ready=False) as guest:
         await guest.says(1, Event.PORT_OPEN, 1)

@@ -67,6 +67,7 @@ class PortsDevice(VirtioDevice):
         self._working = False
         self._messages = 0
         self._errors = 0
+        self._refusals = 0
         # What the driver is to be told, in order. A message is made when it is sent, of how things
         # are then, so a driver that takes none makes none pile up.
         self._pending: dict[tuple[int, Event], None] = {}
@@ -169,17 +170,25 @@ class PortsDevice(VirtioDevice):
                 self._pending[port.id, Event.PORT_OPEN] = None
             self._tell()
         else:
-            log.warning("%s: the driver cannot use port %s", self.context.id, port.name)
+            self._on_refused(f"port {port.name}")
 
     def _on_driver_ready(self, ready: bool) -> None:
         if not ready:
-            log.warning("%s: the driver cannot use its ports", self.context.id)
+            self._on_refused("its ports")
             return
         for port in self._by_id.values():
             if not port.added:
                 port.added = True
                 self._pending[port.id, Event.DEVICE_ADD] = None
         self._tell()
+
+    def _on_refused(self, what: str) -> None:
+        # A driver can say so for ever; only every doubling is worth a line.
+        self._refusals += 1
+        if not self._refusals & (self._refusals - 1):
+            log.warning(
+                "%s: the driver cannot use %s (message %d)", self.context.id, what, self._refusals
+            )
 
     def _on_open(self, port: GuestPort) -> None:
         if port.ready:
