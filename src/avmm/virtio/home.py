@@ -165,10 +165,15 @@ class Lane:
         return bool(lib.av_lane_hold(self._native))
 
     async def rest(self) -> None:
-        """Take no more chains, and return when none is in flight. Idempotent."""
+        """Take no more chains, and return when none is in flight. Idempotent.
+
+        What it failed at is reported by then: a failure from before a reset, told after it, would
+        be taken for one of the device's new life.
+        """
         while True:
             self._rested.clear()
             if self.hold():
+                self.take_notice()
                 return
             await self._rested.wait()
 

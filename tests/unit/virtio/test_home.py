@@ -11,12 +11,14 @@ import time
 import pytest
 
 from avmm.errors import HostError
+from avmm.native import lib
 from avmm.virtio.devices.rng import Rng, RngDevice, build
 from avmm.virtio.home import Homes
+from avmm.virtio.queue import NO_FAULT
 from avmm.virtio.state import DEVICE_NEEDS_RESET
 from avmm.virtio.transport import mmio
 from fakes.driver_queue import Segment
-from fakes.mmio_driver import eventually
+from fakes.mmio_driver import eventually, settle
 from fakes.virtio_rig import DATA_GPA, Rig, virtio_rig
 
 HANG_S = 20
@@ -157,3 +159,19 @@ async def test_threads_take_turns_and_a_closed_home_keeps_its_counters() -> None
     assert homes.pick("loop").name == "loop"
     homes.close()
     assert [home.name for home in homes.statistics()] == ["loop", "io0", "io1"]
+
+
+@on_both_homes
+async def test_a_reset_forgets_a_fault_that_the_loop_has_not_heard_of(io_threads: int) -> None:
+    async with virtio_rig(lambda context: build(Rng(), context), io_threads=io_threads) as rig:
+        await rig.driver.start()
+        queue, home = rig.device.queues[0], rig.device.context.homes.all[-1]
+        rig.driver.queues[0].offer(Segment(1 << 40, BUFFER_BYTES, writable=True))
+        rig.driver.kick(0)
+        while queue.fault == NO_FAULT:  # without a turn of the loop
+            if io_threads == 0:
+                lib.av_home_turn(home.native)
+        await rig.driver.set_status(0)
+        await settle()
+        assert rig.driver.status() == 0
+        assert rig.device.statistics().last_fault == "bad-gpa"
