@@ -186,11 +186,12 @@ struct av_lane *av_net_lane(struct av_net *net)
     return &net->lane;
 }
 
-void av_net_start(struct av_net *net, int mergeable, uint32_t frame_max_bytes)
+void av_net_start(struct av_net *net, int mergeable, uint32_t frame_max_bytes, uint32_t mtu)
 {
     net->rx.mergeable = mergeable != 0;
     net->rx.packet_max = AV_NET_HEADER_BYTES + frame_max_bytes;
     net->rx.guess = AV_NET_HEADER_BYTES;
+    net->rx.plain_max = mtu != 0 ? AV_NET_HEADER_BYTES + AV_NET_ETHER_BYTES + mtu : UINT32_MAX;
 }
 
 void av_net_stop(struct av_net *net)
@@ -235,6 +236,13 @@ int av_net_limit(struct av_net *net, struct av_limiter *rx, struct av_limiter *t
         result = av_throttle_attach(&net->tx.throttle, &net->lane, tx);
     av_lane_unlock(&net->lane);
     return result;
+}
+
+void av_net_set_offloads(struct av_net *net, uint32_t offloads)
+{
+    av_lane_lock(&net->lane);
+    net->rx.offloads = offloads;
+    av_lane_unlock(&net->lane);
 }
 
 int av_net_take_error(struct av_net *net)

@@ -14,7 +14,8 @@
 struct av_net_stats {
     uint64_t rx_packets;
     uint64_t rx_bytes;   /* headers not counted */
-    uint64_t rx_dropped; /* larger than the buffers the guest has for one packet */
+    uint64_t rx_dropped; /* larger than the buffers the guest has for one packet, or not what its
+                            driver has negotiated */
     uint64_t rx_filtered; /* not for the guest, by what it asked for */
     uint64_t rx_copied;  /* larger than the buffers taken for them, so in part by way of ours */
     uint64_t tx_packets;
@@ -49,8 +50,12 @@ void av_net_destroy(struct av_net *net); /* its lane is at rest */
 /* Kick 0: the receive ring's, 1: the transmit ring's. News: the TAP fails, see below. */
 struct av_lane *av_net_lane(struct av_net *net);
 /* At rest: what was negotiated. mergeable: MRG_RXBUF. frame_max_bytes: the largest frame that is
- * likely to come, without the header. */
-void av_net_start(struct av_net *net, int mergeable, uint32_t frame_max_bytes);
+ * likely to come, without the header. mtu: what lies behind the Ethernet header of a frame that is
+ * not to be segmented is no larger (section 5.1.4.1); 0: it may be. */
+void av_net_start(struct av_net *net, int mergeable, uint32_t frame_max_bytes, uint32_t mtu);
+/* What the driver takes, as TUNSETOFFLOAD has it: nothing at first. Packets that need more, which
+ * may have waited since it took more, are dropped. */
+void av_net_set_offloads(struct av_net *net, uint32_t offloads);
 /* At rest: forget buffers that were taken and not used; the driver resets the receive ring. */
 void av_net_stop(struct av_net *net);
 /* Whether the cable is in. Without it nothing is received, and what the guest sends is lost. */

@@ -12,7 +12,11 @@
 
 #define AV_NET_HEADER_BYTES 12u
 #define AV_NET_NUM_BUFFERS_AT 10u
+#define AV_NET_ETHER_BYTES 14u
+#define AV_NET_VLAN_BYTES 4u
+#define AV_NET_GSO_ECN 0x80u
 #define AV_NET_FILTER_BYTES 16u /* of a frame, what a filter looks at: addresses and VLAN tag */
+#define AV_NET_LOOK_BYTES (AV_NET_HEADER_BYTES + AV_NET_FILTER_BYTES)
 #define AV_NET_PACKET_MAX_BYTES (AV_NET_HEADER_BYTES + 65536u + 64u)
 #define AV_NET_CHAIN_IOV_MAX 256u
 #define AV_NET_IOV_MAX 1024u /* what readv takes */
@@ -44,6 +48,8 @@ struct av_net_rx {
     struct av_net_held held[AV_NET_HELD_MAX];
     struct iovec iov[AV_NET_IOV_MAX];
     uint8_t *staging;
+    uint32_t offloads;   /* that the driver takes */
+    uint32_t plain_max;  /* bytes of the largest packet that is not to be segmented */
     bool filtered;
     struct av_net_filter filter;
 };

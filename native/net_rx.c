@@ -11,6 +11,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "offload.h"
+
 #define BUDGET_PACKETS 128u
 /* How often the driver sees what came, so that it works while we read on. */
 #define FLUSH_EVERY 32u
@@ -104,26 +106,56 @@ static void deliver(struct av_net *net, uint32_t bytes)
     av_throttle_charge(&net->rx.throttle, 1, bytes - AV_NET_HEADER_BYTES);
 }
 
-/* Whether the packet of `bytes` that was just read is for the guest. */
-static bool wanted(const struct av_net_rx *rx, uint32_t bytes)
+/* The first AV_NET_LOOK_BYTES of the packet of `bytes` that was just read, zeroes behind its end:
+ * where they lie, or gathered in `copy`. */
+static const uint8_t *look(const struct av_net_rx *rx, uint32_t bytes, uint8_t *copy)
 {
-    const uint32_t end = AV_NET_HEADER_BYTES + AV_NET_FILTER_BYTES;
     const struct iovec *iov = &rx->iov[rx->first_iov];
-    uint8_t packet[AV_NET_HEADER_BYTES + AV_NET_FILTER_BYTES] = { 0 };
 
-    if (!rx->filtered)
-        return true;
-    if (iov->iov_len >= end && bytes >= end)
-        return av_net_wanted(&rx->filter, (const uint8_t *)iov->iov_base + AV_NET_HEADER_BYTES);
+    if (iov->iov_len >= AV_NET_LOOK_BYTES && bytes >= AV_NET_LOOK_BYTES)
+        return iov->iov_base;
+    memset(copy, 0, AV_NET_LOOK_BYTES);
     /* In pieces; the last is in `staging`, which is large enough for all. */
-    for (uint32_t at = 0, from = 0; at < end && at < bytes; at++, from++) {
+    for (uint32_t at = 0, from = 0; at < AV_NET_LOOK_BYTES && at < bytes; at++, from++) {
         while (from == iov->iov_len) {
             iov++;
             from = 0;
         }
-        packet[at] = ((const uint8_t *)iov->iov_base)[from];
+        copy[at] = ((const uint8_t *)iov->iov_base)[from];
     }
-    return av_net_wanted(&rx->filter, packet + AV_NET_HEADER_BYTES);
+    return copy;
+}
+
+/* Whether the packet is no larger than the MTU allows. */
+static bool fits_mtu(const struct av_net_rx *rx, const uint8_t *packet, uint32_t bytes)
+{
+    const uint8_t *type = packet + AV_NET_HEADER_BYTES + AV_NET_ETHER_BYTES - 2;
+
+    if (bytes <= rx->plain_max || (packet[1] & ~AV_NET_GSO_ECN) != 0)
+        return true;
+    /* A tag makes the Ethernet header longer. */
+    return type[0] == 0x81 && type[1] == 0x00 && bytes <= rx->plain_max + AV_NET_VLAN_BYTES;
+}
+
+/* Whether the packet of `bytes` that was just read is one for this driver (5.1.4.1, 5.1.6.4.1), and
+ * is not filtered out. Clears flags in its header that the driver does not know. */
+static bool passes(struct av_net *net, uint32_t bytes)
+{
+    struct av_net_rx *rx = &net->rx;
+    uint8_t copy[AV_NET_LOOK_BYTES], flags;
+    const uint8_t *packet = look(rx, bytes, copy);
+
+    if (!av_offload_takes(packet, rx->offloads, &flags) || !fits_mtu(rx, packet, bytes)) {
+        net->stats.rx_dropped++;
+        return false;
+    }
+    if (rx->filtered && !av_net_wanted(&rx->filter, packet + AV_NET_HEADER_BYTES)) {
+        net->stats.rx_filtered++;
+        return false;
+    }
+    if (flags != packet[0])
+        scatter(rx, 0, &flags, sizeof(flags));
+    return true;
 }
 
 /* Go on with a packet that is larger than the buffers held when it was read; as receive_one(). */
@@ -193,10 +225,8 @@ static int receive_one(struct av_net *net)
         net->stats.rx_dropped++;
         return 1;
     }
-    if (!wanted(rx, (uint32_t)got)) {
-        net->stats.rx_filtered++;
+    if (!passes(net, (uint32_t)got))
         return 1;
-    }
     rx->guess = (uint32_t)got;
     if ((uint32_t)got > rx->held_bytes) {
         rx->staged = (uint32_t)got;

@@ -5,8 +5,10 @@
 #include "frames.h"
 
 #define F_NEEDS_CSUM 1u
+#define F_DATA_VALID 2u
 #define GSO_TCPV4 1u
 #define GSO_TCPV6 4u
+#define GSO_UDP_L4 5u
 #define GSO_ECN 0x80u
 
 #define ETHER_BYTES 14u
@@ -151,6 +153,20 @@ uint32_t av_offload_needs(const uint8_t *header)
     if (gso != 0 && header[1] & GSO_ECN)
         needs |= AV_OFFLOAD_ECN;
     return needs;
+}
+
+bool av_offload_takes(const uint8_t *header, uint32_t offloads, uint8_t *flags)
+{
+    uint8_t gso = header[1] & (uint8_t)~GSO_ECN;
+
+    *flags = offloads & AV_OFFLOAD_CSUM ? header[0] & (F_NEEDS_CSUM | F_DATA_VALID) : 0;
+    if (header[1] & GSO_ECN && !(offloads & AV_OFFLOAD_ECN))
+        return false;
+    if (gso == GSO_UDP_L4 && !(offloads & AV_OFFLOAD_USO))
+        return false;
+    if (gso != 0 && gso != GSO_TCPV4 && gso != GSO_TCPV6 && gso != GSO_UDP_L4)
+        return false;
+    return (av_offload_needs(header) & ~offloads) == 0;
 }
 
 bool av_offload_parse(const uint8_t *header, const uint8_t *frame, uint32_t bytes,

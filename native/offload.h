@@ -11,6 +11,7 @@
 #define AV_OFFLOAD_TSO4 2u
 #define AV_OFFLOAD_TSO6 4u
 #define AV_OFFLOAD_ECN 8u
+#define AV_OFFLOAD_USO 96u /* of IPv4, of IPv6 */
 
 struct av_offload {
     uint32_t needs; /* AV_OFFLOAD_* of a receiver that gets it as it is; 0: it is complete */
@@ -27,6 +28,9 @@ bool av_offload_parse(const uint8_t *header, const uint8_t *frame, uint32_t byte
                       struct av_offload *out);
 /* What the header asks a receiver to take, without looking at the frame. */
 uint32_t av_offload_needs(const uint8_t *header);
+/* Whether a receiver that takes `offloads` may have a frame with this header (5.1.6.4.1). *flags:
+ * the header's, less those that mean nothing to such a receiver. */
+bool av_offload_takes(const uint8_t *header, uint32_t offloads, uint8_t *flags);
 /* A header that says the same and nothing else. */
 void av_offload_header(const struct av_offload *offload, uint8_t *header);
 /* Fill in the checksum of a frame with one segment. */

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from avmm.hostnet.tap import HostTap, TapSettings
 from avmm.virtio.devices.net import RX, TX, NetDevice, Tap
@@ -96,10 +97,16 @@ class NicRig:
 
 @asynccontextmanager
 async def nic_rig(
-    nic: Nic, io_threads: int = 0, accept: int | None = None, *, size: int = 64, start: bool = True
+    nic: Nic,
+    io_threads: int = 0,
+    accept: int | None = None,
+    *,
+    size: int = 64,
+    start: bool = True,
+    rigged: Callable[..., Any] = virtio_rig,
 ) -> AsyncIterator[NicRig]:
-    """accept, size: as MmioDriver.start()."""
-    async with virtio_rig(functools.partial(build_nic, nic), io_threads=io_threads) as rig:
+    """accept, size: as VirtioDriver.start()."""
+    async with rigged(functools.partial(build_nic, nic), io_threads=io_threads) as rig:
         if start:
             await rig.driver.start(accept, size=size)
         yield NicRig(rig)
@@ -138,12 +145,23 @@ class Net:
 
     async def received(self, pair: int = 0) -> bytes:
         """The next frame, which fits in one buffer."""
-        if not (arrived := self.arrived.setdefault(pair, [])):
+        packet = await self.packet(pair)
+        assert packet[10:12] == b"\x01\x00"  # num_buffers
+        return packet[12:]
+
+    async def packet(self, pair: int = 0) -> bytes:
+        """The next header and frame, from as many buffers as they are spread over."""
+        arrived = self.arrived.setdefault(pair, [])
+        if not arrived:
             arrived += await self.rig.driver.used(2 * pair)
         head, written = arrived.pop(0)
         packet = self.rig.memory.read(self.buffers[pair, head], written)
-        assert packet[10:12] == b"\x01\x00"  # num_buffers
-        return packet[12:]
+        for _ in range(int.from_bytes(packet[10:12], "little") - 1):
+            if not arrived:
+                arrived += await self.rig.driver.used(2 * pair)
+            head, written = arrived.pop(0)
+            packet += self.rig.memory.read(self.buffers[pair, head], written)
+        return packet
 
     async def control(self, command: bytes, *, queue: int = -1) -> int:
         """Put a command on the control queue; its ack."""
@@ -172,9 +190,10 @@ async def net_rig(
     uso: bool = False,
     size: int = 64,
     tap: FakeTap | None = None,
+    rigged: Callable[..., Any] = virtio_rig,
     **options: object,
 ) -> AsyncIterator[Net]:
-    """A started NIC. accept, size: as MmioDriver.start(); tap: in the place of one with `pairs` and
+    """A started NIC. accept, size: as VirtioDriver.start(); tap: in the place of one with `pairs` and
     `uso`; options: further fields of Tap."""
     tap = tap or FakeTap(pairs, uso=uso)
 
@@ -184,7 +203,7 @@ async def net_rig(
         context.stack.push_async_callback(tap.close)
         return NetDevice(Tap("avtest0", **options), tap, context)  # type: ignore[arg-type]
 
-    async with virtio_rig(build, io_threads=io_threads) as rig:
+    async with rigged(build, io_threads=io_threads) as rig:
         await rig.driver.start(accept, size=size)
         yield Net(rig, tap)
         assert rig.errors == []

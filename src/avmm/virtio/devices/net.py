@@ -209,9 +209,9 @@ class NetDevice(VirtioDevice):
         self._commands = ChainQueue(self.queues[control], data_max_bytes=DATA_MAX_BYTES)
         self._filter = ReceiveFilter(negotiated)
         self._pairs.set_filter(self._filter, self.mac)
-        self._pairs.activate(negotiated)
-        with self._outlive_the_tap():
-            self.tap.set_offload(_tun_offloads(negotiated))
+        told_mtu = bool(negotiated & features.NET_MTU)
+        self._pairs.activate(negotiated, self._mtu if self._mtu and told_mtu else 0)
+        self._set_offload(negotiated)
         self.tap.set_driver(True)
 
     def on_resume(self) -> None:
@@ -333,9 +333,14 @@ class NetDevice(VirtioDevice):
     def _use_offloads(self, bits: int) -> bool:
         if bits & ~(self.state.features & (_GUEST_OFFLOADS | features.NET_GUEST_USO)):
             return False
-        with self._outlive_the_tap():
-            self.tap.set_offload(_tun_offloads(bits))
+        self._set_offload(bits)
         return True
+
+    def _set_offload(self, bits: int) -> None:
+        flags = _tun_offloads(bits)
+        self._pairs.set_offload(flags)
+        with self._outlive_the_tap():
+            self.tap.set_offload(flags)
 
     def _set_link_up(self, up: bool) -> None:
         if up == self._link_up:

@@ -59,8 +59,12 @@ class Pairs(Protocol):
     withheld: int
     """Features that the device must not offer with this datapath."""
 
-    def activate(self, negotiated: int) -> None:
-        """The driver is ready: adapt to its features."""
+    def activate(self, negotiated: int, mtu: int) -> None:
+        """The driver is ready: adapt to its features. mtu: what it was told, 0: nothing."""
+        ...
+
+    def set_offload(self, flags: int) -> None:
+        """OFFLOAD_* of `hostnet.tap` that the driver takes."""
         ...
 
     def resume(self, active: Sequence[bool]) -> None:
@@ -120,13 +124,18 @@ class NativePairs:
             lane = device.add_lane(lib.av_net_lane(native), home, (rx, tx), tap.name)
             self._lanes.append(lane)
 
-    def activate(self, negotiated: int) -> None:
+    def activate(self, negotiated: int, mtu: int) -> None:
         """Whether receive buffers are merged, and how large frames are."""
         mergeable = bool(negotiated & features.NET_MRG_RXBUF)
         large = negotiated & (features.NET_GUEST_TSO | features.NET_GUEST_USO)
         frame_max = _LARGE_BYTES if large else self._tap.mtu + _ETHERNET_BYTES
         for native in self._natives:
-            lib.av_net_start(native, mergeable, frame_max)
+            lib.av_net_start(native, mergeable, frame_max, mtu)
+
+    def set_offload(self, flags: int) -> None:
+        """Of what comes by a TAP, some may be older than this."""
+        for native in self._natives:
+            lib.av_net_set_offloads(native, flags)
 
     def resume(self, active: Sequence[bool]) -> None:
         """The device starts the lanes that are enabled."""

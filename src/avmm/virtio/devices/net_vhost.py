@@ -63,10 +63,13 @@ class VhostPairs:
             for index, queue in enumerate(self._queues):
                 queue.interrupt.on_fd_change.append(functools.partial(self._set_call, index))
 
-    def activate(self, negotiated: int) -> None:
+    def activate(self, negotiated: int, mtu: int) -> None:
         """The rings' features; the kernel takes the packets' own from the TAP."""
         for vhost in self._vhosts:
             vhost.set_features(negotiated & _RING_FEATURES & vhost.features)
+
+    def set_offload(self, flags: int) -> None:
+        """Nothing: see activate()."""
 
     def resume(self, active: Sequence[bool]) -> None:
         """Hand the rings of these pairs to the kernel."""
