@@ -193,8 +193,8 @@ async def net_rig(
     rigged: Callable[..., Any] = virtio_rig,
     **options: object,
 ) -> AsyncIterator[Net]:
-    """A started NIC. accept, size: as VirtioDriver.start(); tap: in the place of one with `pairs` and
-    `uso`; options: further fields of Tap."""
+    """A started NIC. accept, size: as VirtioDriver.start(); tap: in the place of one with `pairs`
+    and `uso`; options: further fields of Tap."""
     tap = tap or FakeTap(pairs, uso=uso)
 
     async def build(context: DeviceContext) -> NetDevice:

@@ -35,6 +35,13 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return chosen
 
 
+@pytest.fixture
+def accepting(layout: str) -> Callable[[int], int]:
+    """What a driver accepts that wants these features."""
+    always = features.VERSION_1 | (features.RING_PACKED if layout == "packed" else 0)
+    return lambda bits: bits | always
+
+
 @pytest.fixture(params=_TRANSPORTS)
 def rigged(request: pytest.FixtureRequest, layout: str) -> Rigged:
     """A rig on one of the transports, whose drivers negotiate one of the layouts."""

@@ -33,6 +33,7 @@ from fakes.blk_driver import (
 from fakes.mmio_driver import settle
 
 Rigged = Callable[..., Any]
+Accepting = Callable[[int], int]
 Plugged = Callable[..., AbstractAsyncContextManager[tuple[Any, BlkDriver]]]
 
 SIZE_BYTES = MIB
@@ -61,13 +62,6 @@ def contents(image: Path) -> bytes:
     return image.read_bytes()
 
 
-async def accepting(rig: Any, bits: int) -> int:
-    """These of the features offered, and what no driver is without."""
-    always = features.VERSION_1 | features.RING_PACKED
-    accepted: int = await rig.driver.read_features() & (bits | always)
-    return accepted
-
-
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.img"
@@ -89,9 +83,7 @@ def plugged(rigged: Rigged, image: Path) -> Plugged:
             return await build(disk, context)
 
         async with rigged(make) as rig:
-            await rig.driver.set_up()
-            bits = None if accept is None else await accepting(rig, accept)
-            await rig.driver.start(bits)
+            await rig.driver.start(accept)
             yield rig, BlkDriver(rig)
             assert rig.errors == []
 
@@ -131,8 +123,7 @@ async def held(
     disk = HeldDisk()
     config = AsyncDisk(disk)
     async with rigged(lambda context: build_source(config, context)) as rig:
-        await rig.driver.set_up()
-        await rig.driver.start(None if accept is None else await accepting(rig, accept))
+        await rig.driver.start(accept)
         yield rig, BlkDriver(rig), disk
         assert rig.errors == []
 
@@ -161,14 +152,13 @@ async def test_who_can_toggle_the_cache_can_flush(plugged: Plugged, read_only: b
     ],
 )
 async def test_writeback_is_set_by_the_features(
-    rigged: Rigged, image: Path, bits: int, writeback: int
+    rigged: Rigged, accepting: Accepting, image: Path, bits: int, writeback: int
 ) -> None:
     disk = Disk(str(image), engine="threads")
     async with rigged(lambda context: build(disk, context)) as rig:
-        await rig.driver.set_up()
         # Twice: what one driver made of it is not what the next one finds.
         for _ in range(2):
-            await rig.driver.set_up(await accepting(rig, bits))
+            await rig.driver.set_up(accepting(bits))
             assert rig.driver.read_config(WRITEBACK, 1) == writeback
             await rig.driver.write_config(WRITEBACK, 1, 1 - writeback)
             await rig.driver.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
@@ -190,12 +180,12 @@ async def test_padding_is_zero_whatever_is_written(plugged: Plugged) -> None:
 
 
 @pytest.mark.spec("5.2.6.2", "answer a write with IOERR, and write nothing, if it offers RO")
-@pytest.mark.parametrize("accept", [None, 0], ids=["RO accepted", "RO not accepted"])
+@pytest.mark.parametrize("accepted", [features.BLK_RO, 0], ids=["RO accepted", "RO not accepted"])
 async def test_nothing_writes_to_a_read_only_disk(
-    plugged: Plugged, image: Path, accept: int | None
+    plugged: Plugged, accepting: Accepting, image: Path, accepted: int
 ) -> None:
     before = contents(image)
-    async with plugged(accept, read_only=True) as (rig, blk):
+    async with plugged(accepting(accepted), read_only=True) as (rig, blk):
         assert await rig.driver.read_features() & features.BLK_RO
         for sector in (0, SECTORS - 1):
             assert (await blk.request(OUT, sector, b"x" * 512))[0] == IOERR
@@ -259,12 +249,12 @@ async def test_zeroed_sectors_read_as_zeroes(plugged: Plugged, image: Path, unma
 @pytest.mark.parametrize("through", ["no features", "writeback 0", "CONFIG_WCE alone"])
 @pytest.mark.parametrize("kind", [OUT, WRITE_ZEROES])
 async def test_a_write_that_is_stable_is_committed_first(
-    rigged: Rigged, through: str, kind: int
+    rigged: Rigged, accepting: Accepting, through: str, kind: int
 ) -> None:
     accept = {
-        "no features": features.BLK_WRITE_ZEROES,
+        "no features": accepting(features.BLK_WRITE_ZEROES),
         "writeback 0": None,
-        "CONFIG_WCE alone": features.BLK_CONFIG_WCE | features.BLK_WRITE_ZEROES,
+        "CONFIG_WCE alone": accepting(features.BLK_CONFIG_WCE | features.BLK_WRITE_ZEROES),
     }
     async with held(rigged, accept[through]) as (rig, blk, disk):
         if through == "writeback 0":
