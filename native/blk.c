@@ -34,6 +34,7 @@ static int take(struct av_blk *blk, uint64_t *bytes)
     slot->head = chain.head;
     slot->range = 0;
     slot->done = 0;
+    slot->tries = 0;
     slot->req.type = UINT32_MAX;
     fault = av_blk_req_parse(&chain, &blk->limits, &slot->req, &status);
     if (fault != AV_FAULT_NONE) {

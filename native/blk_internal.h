@@ -20,6 +20,7 @@ struct av_blk_slot {
     struct av_blk_slot *next_free;
     uint8_t *bounce;
     uint32_t done; /* bytes of data moved */
+    uint32_t tries; /* of the operation under way, in vain */
     uint16_t head;
     uint32_t range;  /* of a discard or write-zeroes: which one is under way */
     uint64_t zeroed; /* bytes of it that were written as zeroes */

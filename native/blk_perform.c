@@ -5,6 +5,7 @@
 #include <string.h>
 
 #define ZEROES_BYTES 65536u
+#define TRIES_MAX 1000u /* of an operation that the host interrupts */
 
 static uint8_t zeroes[ZEROES_BYTES]; /* never written to */
 
@@ -225,9 +226,12 @@ void av_blk_op_done(void *context, struct av_blk_op *op)
     struct av_blk *blk = context;
     struct av_blk_slot *slot = (struct av_blk_slot *)op;
 
-    if (op->result == -EINTR || op->result == -EAGAIN)
+    if ((op->result == -EINTR || op->result == -EAGAIN) && ++slot->tries < TRIES_MAX) {
         start(blk, slot, op->kind);
-    else if (op->kind == AV_BLK_OP_SYNC)
+        return;
+    }
+    slot->tries = 0;
+    if (op->kind == AV_BLK_OP_SYNC)
         av_blk_finish(blk, slot, status_of(op->result));
     else if (slot->req.range_count != 0)
         range_done(blk, slot);
