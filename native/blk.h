@@ -23,7 +23,10 @@ enum av_blk_op_kind {
 };
 
 /* fd is borrowed; -1 for AV_BLK_LOOP. alignment_bytes: what direct I/O needs of memory, offset and length; else 1.
- * depth: requests in flight at most, a power of two. seg_max: data segments of a request. */
+ * depth: requests in flight at most, a power of two. seg_max: data segments of a request.
+ * lost: shared by the queues of a disk behind a page cache, borrowed; NULL: it is not. The errno of
+ * a sync that failed, 0 before: what was not written is forgotten then, a later sync says that all
+ * is well, so from there on none is acknowledged. Its lane has news when it is set. */
 struct av_blk_config {
     int fd;
     uint64_t capacity_sectors;
@@ -36,6 +39,7 @@ struct av_blk_config {
     uint32_t engine;
     uint32_t workers; /* threads of AV_BLK_THREADS, 1 to AV_BLK_WORKERS_MAX */
     uint32_t alignment_bytes;
+    int *lost;
     char id[20]; /* padded with zeroes */
 };
 

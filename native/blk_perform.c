@@ -46,10 +46,39 @@ static void start(struct av_blk *blk, struct av_blk_slot *slot, enum av_blk_op_k
     blk->queued++;
 }
 
+static bool has_lost(const struct av_blk *blk)
+{
+    return blk->config.lost != NULL && __atomic_load_n(blk->config.lost, __ATOMIC_ACQUIRE) != 0;
+}
+
 static void start_sync(struct av_blk *blk, struct av_blk_slot *slot)
 {
+    if (has_lost(blk)) {
+        av_blk_finish(blk, slot, AV_BLK_S_IOERR);
+        return;
+    }
     slot->op.length = 0;
     start(blk, slot, AV_BLK_OP_SYNC);
+}
+
+/* Whether a sync has ended so that what was to be written is forgotten. ECANCELED: not begun. */
+static bool loses(int64_t result)
+{
+    return result < 0 && result != -EOPNOTSUPP && result != -ECANCELED && result != -EINTR &&
+           result != -EAGAIN;
+}
+
+static void sync_done(struct av_blk *blk, struct av_blk_slot *slot)
+{
+    int64_t result = slot->op.result;
+    int none = 0;
+
+    if (loses(result) && blk->config.lost != NULL &&
+        __atomic_compare_exchange_n(blk->config.lost, &none, (int)-result, false, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE))
+        av_lane_news(&blk->lane);
+    /* Of several at a time, on several queues, the host tells only one. */
+    av_blk_finish(blk, slot, has_lost(blk) ? AV_BLK_S_IOERR : status_of(result));
 }
 
 static bool aligned(const struct av_blk *blk, const struct av_blk_req *req)
@@ -232,7 +261,7 @@ void av_blk_op_done(void *context, struct av_blk_op *op)
     }
     slot->tries = 0;
     if (op->kind == AV_BLK_OP_SYNC)
-        av_blk_finish(blk, slot, status_of(op->result));
+        sync_done(blk, slot);
     else if (slot->req.range_count != 0)
         range_done(blk, slot);
     else

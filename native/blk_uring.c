@@ -135,9 +135,9 @@ static void uring_submit(struct av_blk_engine *base)
             sched_yield();
     } while (--patience != 0 && (result == -EINTR || result == -EAGAIN || result == -EBUSY ||
                                  (result > 0 && io_uring_sq_ready(ring) != 0)));
-    /* A plain error, not EAGAIN: the requests are not to be tried once more. */
+    /* Not EAGAIN: the requests are not to be tried once more. */
     if (io_uring_sq_ready(ring) != 0)
-        take_back(engine, -EIO);
+        take_back(engine, -ECANCELED);
 }
 
 /* Completions that wait for their thread to enter the kernel. */

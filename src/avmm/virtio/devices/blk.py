@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import logging
+import os
 import struct
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -23,6 +25,8 @@ from avmm.virtio.queue import SIZE_MAX, SIZE_MIN, Queue, check_queue_size
 
 if TYPE_CHECKING:
     from avmm.virtio.devices.blk_source import AsyncDisk
+
+log = logging.getLogger(__name__)
 
 QUEUES_MAX = 16
 SEG_MAX = 126
@@ -134,6 +138,7 @@ class BlkDevice(VirtioDevice):
         self.engine = ""
         self._limiter = Limiter(context.stack, self._op)
         self._natives: list[CData] = []
+        self._lost = ffi.new("int *")
         for queue in self.queues:
             self._add_native(config, queue)
         self.set_limit(config.limit)
@@ -162,6 +167,11 @@ class BlkDevice(VirtioDevice):
         """The driver may switch the cache mode (CONFIG_WCE)."""
         if offset == _WRITEBACK_AT and self.state.features & features.BLK_CONFIG_WCE:
             self._set_writeback(bool(data[0]))
+
+    def on_news(self) -> None:
+        """A flush failed: what it was for is lost, and no later one would tell."""
+        reason = os.strerror(self._lost[0])
+        log.error("%s: %s: flush: %s; none succeeds any more", self.context.id, self._op, reason)
 
     def resize(self) -> int:
         """Take over the image's present size and tell the driver; the size in bytes.
@@ -200,6 +210,9 @@ class BlkDevice(VirtioDevice):
         """The queue's own datapath, on a home of its own choice."""
         home = self.context.homes.pick(config.home)
         settings = _settings(config, self.disk, self.context.id)
+        # Direct I/O and disks of Python's have no page cache that could forget.
+        is_cached = self.disk.fd >= 0 and self.disk.alignment_bytes == 1
+        settings.lost = self._lost if is_cached else ffi.NULL
         settings.workers = max(1, _WORKERS // len(self.queues))
         self.engine, native = _create_native(config, settings, home, queue, self._op)
         self.context.stack.callback(self._destroy, native)
