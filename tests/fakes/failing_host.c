@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <liburing.h>
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -40,17 +41,15 @@ static struct {
     atomic_long seen;
     atomic_long failed;
     atomic_int error;
-    atomic_int fd; /* the only one whose transfers count; -1: every one */
-} plan = { .fd = -1 };
+} plan;
 
 __attribute__((visibility("default"))) void failing_host_arm(unsigned calls, long first, long last,
-                                                             int error, int fd)
+                                                             int error)
 {
     atomic_store(&plan.calls, 0);
     atomic_store(&plan.first, first);
     atomic_store(&plan.last, last);
     atomic_store(&plan.error, error);
-    atomic_store(&plan.fd, fd);
     atomic_store(&plan.seen, 0);
     atomic_store(&plan.failed, 0);
     atomic_store(&plan.calls, calls);
@@ -93,13 +92,6 @@ static bool comes_of(const void *from, const char *name)
 
     return dladdr(from, &info) != 0 && info.dli_fname != NULL &&
            strstr(info.dli_fname, name) != NULL;
-}
-
-static int refuse_transfer(enum call call, int fd)
-{
-    int only = atomic_load(&plan.fd);
-
-    return armed(call) && (only < 0 || only == fd) ? refused() : 0;
 }
 
 #define EXPORT __attribute__((visibility("default")))
@@ -154,7 +146,6 @@ int timerfd_create(int clock, int flags);
 int memfd_create(const char *name, unsigned flags);
 int socket(int domain, int type, int protocol);
 int socketpair(int domain, int type, int protocol, int fds[2]);
-int io_uring_queue_init(unsigned entries, void *ring, unsigned flags);
 
 PLAIN(DESCRIPTOR, int, eventfd, (unsigned count, int flags), (count, flags))
 PLAIN(DESCRIPTOR, int, timerfd_create, (int clock, int flags), (clock, flags))
@@ -211,17 +202,13 @@ static void *liburing(const char *name)
         return error != 0 ? -error : next passed;                                                  \
     }
 
-int io_uring_register_files(void *ring, const int *files, unsigned count);
-int io_uring_register_eventfd(void *ring, int fd);
-int io_uring_register_buffers(void *ring, const struct iovec *iovecs, unsigned count);
-
-LIBURING(DESCRIPTOR, io_uring_queue_init, (unsigned entries, void *ring, unsigned flags),
+LIBURING(DESCRIPTOR, io_uring_queue_init, (unsigned entries, struct io_uring *ring, unsigned flags),
          (entries, ring, flags))
-LIBURING(MEMORY, io_uring_register_files, (void *ring, const int *files, unsigned count),
+LIBURING(MEMORY, io_uring_register_files, (struct io_uring *ring, const int *files, unsigned count),
          (ring, files, count))
-LIBURING(MEMORY, io_uring_register_eventfd, (void *ring, int fd), (ring, fd))
+LIBURING(MEMORY, io_uring_register_eventfd, (struct io_uring *ring, int fd), (ring, fd))
 LIBURING(MEMORY, io_uring_register_buffers,
-         (void *ring, const struct iovec *iovecs, unsigned count), (ring, iovecs, count))
+         (struct io_uring *ring, const struct iovec *iovecs, unsigned count), (ring, iovecs, count))
 
 /* --- memory ---------------------------------------------------------------------------- */
 
@@ -326,44 +313,96 @@ EXPORT int ioctl(int fd, unsigned long request, ...)
 
 /* --- transfers ------------------------------------------------------------------------- */
 
-/* Of a transfer that is to be short, half of the first piece, in sectors. */
-static size_t shortened(size_t length)
+/* Of a transfer that is to be short, a half of its first piece, or that piece, in sectors. */
+static struct iovec shortened(const struct iovec *iov)
 {
-    return length / 1024 * 512;
+    struct iovec part = *iov;
+
+    if (part.iov_len >= 1024)
+        part.iov_len = part.iov_len / 1024 * 512;
+    return part;
 }
 
 #define TRANSFER(call, name)                                                                       \
     EXPORT ssize_t name(int fd, const struct iovec *iov, int count, off_t offset)                  \
     {                                                                                              \
         static __typeof__(&name) next;                                                             \
-        int error = refuse_transfer(call, fd);                                                     \
-        struct iovec half = *iov;                                                                  \
+        int error = refuse(call);                                                                  \
+        struct iovec part = shortened(iov);                                                        \
                                                                                                    \
         if (next == NULL)                                                                          \
             next = NEXT(name);                                                                     \
-        if (error == SHORT && shortened(iov->iov_len) != 0) {                                      \
-            half.iov_len = shortened(iov->iov_len);                                                \
-            return next(fd, &half, 1, offset);                                                     \
-        }                                                                                          \
-        FAIL_IF(error == SHORT ? 0 : error, -1);                                                   \
+        if (error == SHORT)                                                                        \
+            return next(fd, &part, 1, offset);                                                     \
+        FAIL_IF(error, -1);                                                                        \
         return next(fd, iov, count, offset);                                                       \
     }
 
 TRANSFER(READ, preadv)
 TRANSFER(WRITE, pwritev)
 
-#define OF_FD(call, name, declared, passed)                                                        \
-    EXPORT int name declared                                                                       \
-    {                                                                                              \
-        static __typeof__(&name) next;                                                             \
-                                                                                                   \
-        if (next == NULL)                                                                          \
-            next = NEXT(name);                                                                     \
-        FAIL_IF(refuse_transfer(call, fd), -1);                                                    \
-        return next passed;                                                                        \
-    }
-
 int fdatasync(int fd);
-OF_FD(SYNC, fdatasync, (int fd), (fd))
-OF_FD(ALLOCATE, fallocate, (int fd, int mode, off_t offset, off_t length),
+PLAIN(SYNC, int, fdatasync, (int fd), (fd))
+PLAIN(ALLOCATE, int, fallocate, (int fd, int mode, off_t offset, off_t length),
       (fd, mode, offset, length))
+
+static enum call call_of(const struct io_uring_sqe *sqe)
+{
+    switch (sqe->opcode) {
+    case IORING_OP_READ:
+    case IORING_OP_READV:
+    case IORING_OP_READ_FIXED:
+        return READ;
+    case IORING_OP_WRITE:
+    case IORING_OP_WRITEV:
+    case IORING_OP_WRITE_FIXED:
+        return WRITE;
+    case IORING_OP_FSYNC:
+        return SYNC;
+    default:
+        return ALLOCATE;
+    }
+}
+
+static void shorten(struct io_uring_sqe *sqe)
+{
+    static __thread struct iovec part; /* which the kernel copies when it takes the entry */
+
+    if (sqe->opcode == IORING_OP_READV || sqe->opcode == IORING_OP_WRITEV) {
+        part = shortened((const struct iovec *)(uintptr_t)sqe->addr);
+        sqe->addr = (uintptr_t)&part;
+        sqe->len = 1;
+    } else {
+        sqe->len = (unsigned)shortened(&(struct iovec){ .iov_len = sqe->len }).iov_len;
+    }
+}
+
+/* An entry that does nothing and has a result of our choice, from Linux 6.10 on. */
+static void replace(struct io_uring_sqe *sqe, int error)
+{
+    uint64_t data = sqe->user_data;
+
+    io_uring_prep_nop(sqe);
+    sqe->rw_flags = 1; /* IORING_NOP_INJECT_RESULT */
+    sqe->len = (unsigned)-error;
+    sqe->user_data = data;
+}
+
+EXPORT int io_uring_submit(struct io_uring *ring)
+{
+    static __typeof__(&io_uring_submit) next;
+    struct io_uring_sq *sq = &ring->sq;
+
+    if (next == NULL)
+        next = (__typeof__(&io_uring_submit))liburing("io_uring_submit");
+    for (unsigned at = sq->sqe_head; at != sq->sqe_tail; at++) {
+        struct io_uring_sqe *sqe = &sq->sqes[at & *sq->kring_mask];
+        int error = refuse(call_of(sqe));
+
+        if (error == SHORT)
+            shorten(sqe);
+        else if (error != 0)
+            replace(sqe, error);
+    }
+    return next(ring);
+}

@@ -26,6 +26,14 @@ class Calls(enum.IntFlag):
     WATCH = 1 << 4
     LOCK = 1 << 5
     RUN = 1 << 6
+    READ = 1 << 7
+    WRITE = 1 << 8
+    SYNC = 1 << 9
+    ALLOCATE = 1 << 10
+
+
+SHORT = 0x10000
+"""In place of an error: the transfer is done in part."""
 
 
 def build(folder: Path) -> Path:
@@ -51,16 +59,18 @@ class Refusals:
 
 
 @contextmanager
-def refusing(calls: Calls, at: int, errno: int, *, lasting: bool = False) -> Iterator[Refusals]:
+def refusing(
+    calls: Calls, at: int, errno: int, *, lasting: bool = False
+) -> Iterator[Refusals]:
     """Inside, call number `at` of these fails, from 1 on; with `lasting` all that follow too."""
     library = ctypes.CDLL(None)
     refusals = Refusals()
     arm = library.failing_host_arm
-    arm.argtypes = (ctypes.c_uint, ctypes.c_long, ctypes.c_long, ctypes.c_int, ctypes.c_int)
+    arm.argtypes = (ctypes.c_uint, ctypes.c_long, ctypes.c_long, ctypes.c_int)
     library.failing_host_seen.restype = library.failing_host_failed.restype = ctypes.c_long
-    arm(calls, at, _LAST if lasting else at, errno, -1)
+    arm(calls, at, _LAST if lasting else at, errno)
     try:
         yield refusals
     finally:
         refusals.seen, refusals.failed = library.failing_host_seen(), library.failing_host_failed()
-        arm(0, 0, 0, 0, -1)
+        arm(0, 0, 0, 0)
