@@ -16,6 +16,9 @@ from avmm.errors import HostError
 
 T = TypeVar("T")
 
+POSTS_MAX = 256
+"""Actions that wait for the loop, before who posts more has to wait with them."""
+
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run `main` on a new uvloop loop. For programs; a library's user brings their own loop.
@@ -87,6 +90,9 @@ class LoopBridge:
 
     on_error: called on the loop with whatever an action raised; the caller is released all the
     same, since a vCPU that waits for ever could not be stopped.
+
+    post() waits for nothing, so a thread may post faster than the loop performs: who posts what a
+    guest asks for looks at `behind`, and calls instead.
     """
 
     def __init__(
@@ -96,11 +102,19 @@ class LoopBridge:
         self._on_error = on_error
         self._lock = threading.Lock()
         self._closed = False
+        self._posted = 0
         self._waiting: set[concurrent.futures.Future[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def behind(self) -> bool:
+        """Whether as many posted actions wait for the loop as may wait. Any thread."""
+        return self._posted >= POSTS_MAX
+
     def post(self, action: Callable[[], None]) -> None:
         """Run `action` on the loop soon. Any thread; never waits. Raises LoopClosed."""
+        with self._lock:
+            self._posted += 1
         self._submit(self._perform, action)
 
     def call_and_wait(self, action: Callable[[], Awaitable[None] | None]) -> None:
@@ -142,6 +156,8 @@ class LoopBridge:
             raise LoopClosed from None
 
     def _perform(self, action: Callable[[], None]) -> None:
+        with self._lock:
+            self._posted -= 1
         try:
             action()
         except Exception as e:

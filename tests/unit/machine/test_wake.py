@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from avmm.loop import LoopBridge, LoopClosed
+from avmm.bus.bus import Bus
+from avmm.bus.region import Post
+from avmm.loop import POSTS_MAX, LoopBridge, LoopClosed
+from avmm.machine.vcpu.exits import Exits
 from avmm.machine.vcpu.wake import Gate, Mode
+from avmm.native import lib
 
 
 class FakeVcpu:
@@ -94,6 +101,67 @@ async def test_a_vcpu_that_waits_for_the_loop_counts_as_paused() -> None:
     await paused_inside_call.wait()
     gate.stop()
     await asyncio.to_thread(thread.join)
+    assert errors == []
+
+
+@dataclass
+class Exit:
+    """What of struct av_exit is looked at."""
+
+    kind: int = lib.AV_EXIT_PIO_WRITE
+    location: int = 0x10
+    size: int = 1
+    value: int = 0
+
+
+class Posting:
+    """Registers whose every write is a Post."""
+
+    def __init__(self) -> None:
+        self.performed = 0
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> Post:
+        return Post(self._perform)
+
+    def _perform(self) -> None:
+        self.performed += 1
+
+
+def hold_the_loop_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0)  # another thread's turn
+
+
+async def test_vcpus_that_post_faster_than_the_loop_follows_wait_for_it() -> None:
+    loop = asyncio.get_running_loop()
+    gate = Gate(loop, 1)
+    errors: list[BaseException] = []
+    bridge = LoopBridge(loop, errors.append)
+    registers, pio = Posting(), Bus()
+    pio.add(0x10, 1, registers, "posting")
+    exits = Exits(pio=pio, mmio=Bus(), bridge=bridge, gate=gate, drain_uart=lambda: None)
+    written = 0
+    count = 4 * POSTS_MAX
+
+    def main() -> None:
+        nonlocal written
+        assert gate.park()
+        for _ in range(count):
+            assert exits.handle(Exit()) is None
+            written += 1
+        gate.ended()
+
+    thread = threading.Thread(target=main)
+    thread.start()
+    gate.resume()
+    hold_the_loop_until(lambda: bridge.behind and bool(bridge._waiting))
+    assert (written, registers.performed) == (POSTS_MAX, 0)
+    await asyncio.to_thread(thread.join)
+    assert (written, registers.performed) == (count, count)
+    assert not bridge.behind
     assert errors == []
 
 

@@ -4,7 +4,8 @@ ANSWER on the vCPU thread: registers without consequence. (The hottest are answe
 they come here: native/vcpu.c.)
 CALL: a control write that the guest may rely on when its instruction ends; the thread waits while
 the loop acts. Linux writes 0 to a virtio status register and does not poll: reset must be over.
-POST: the loop is told, and the guest goes on.
+POST: the loop is told, and the guest goes on; unless it is told faster than it can follow, for
+then the guest waits as in CALL.
 
 Which one it is, a device says by what its `write` returns: None, Call or Post.
 """
@@ -87,7 +88,7 @@ class Exits:
             self._defer(deferred)
 
     def _defer(self, deferred: Deferred) -> None:
-        if isinstance(deferred, Call):
+        if isinstance(deferred, Call) or self._bridge.behind:
             with self._gate.resting():
                 self._bridge.call_and_wait(deferred.action)
         else:
