@@ -22,6 +22,7 @@ from avmm.kvm.vcpu import Vcpu
 from avmm.kvm.vm import Vm
 from avmm.legacy.acpi_pm import AcpiPm
 from avmm.legacy.serial16550 import Serial16550
+from avmm.log import GuestLog
 from avmm.loop import LoopBridge, on_thread
 from avmm.machine.config import Config
 from avmm.machine.console import SerialConsole
@@ -72,6 +73,7 @@ class Parts:
     threads: tuple[VcpuThread, ...]
     devices: dict[str, VirtioDevice]
     homes: Homes
+    guest_log: GuestLog
 
 
 async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Parts:
@@ -80,6 +82,8 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
     def on_error(error: BaseException) -> None:
         reports.end(ExitReason(ExitKind.ERROR, f"{type(error).__name__}: {error}"))
 
+    guest_log = GuestLog()
+    stack.callback(guest_log.tell)
     kvm = Kvm.open()
     stack.callback(kvm.close)
     kvm.require_capabilities()
@@ -104,6 +108,7 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
             reports.fault,
             reports.ready,
             reports.link,
+            guest_log,
         )
         devices = await plug(slots, backplane, surroundings)
         prepared = await asyncio.shield(preparing)
@@ -143,6 +148,7 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
         tuple(threads),
         devices,
         homes,
+        guest_log,
     )
 
 

@@ -62,6 +62,8 @@ class MachineStatistics:
 
     start_s: seconds from start() to the first guest instruction; 0 before.
     devices: by device id, each device's own record. homes: the loop's, then the I/O threads'.
+    log_lines_left_out: of what the guest's doing would have written to the log; it has room for
+    20 lines at once, and for one more every 10 s.
     """
 
     state: str
@@ -70,6 +72,7 @@ class MachineStatistics:
     console: SerialStatistics
     devices: Mapping[str, DeviceStatistics]
     homes: tuple[HomeStatistics, ...]
+    log_lines_left_out: int
 
 
 class MicroVM(GuestCalls):
@@ -332,6 +335,7 @@ class MicroVM(GuestCalls):
             console=parts.serial.statistics(),
             devices=FrozenDict((name, dev.statistics()) for name, dev in parts.devices.items()),
             homes=parts.homes.statistics(),
+            log_lines_left_out=parts.guest_log.left_out,
         )
 
     async def _stop(self, ask: Callable[[], Awaitable[None]], grace_s: float | None) -> ExitReason:

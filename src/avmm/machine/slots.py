@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from avmm.errors import ConfigError, GuestFault
+from avmm.log import GuestLog
 from avmm.machine.config import Config
 from avmm.mem import layout
 from avmm.mem.guest import GuestMemory
@@ -76,6 +77,7 @@ class Surroundings:
     on_fault: Callable[[str, GuestFault], None]
     on_ready: Callable[[str, bool], None]
     on_link: Callable[[str, bool], None]
+    guest_log: GuestLog
 
     def context(self, slot: Slot, interrupts: Interrupts) -> DeviceContext:
         """For the device of one slot."""
@@ -92,6 +94,7 @@ class Surroundings:
             on_fault=self.on_fault,
             on_ready=self.on_ready,
             on_link=self.on_link,
+            guest_log=self.guest_log,
         )
 
 

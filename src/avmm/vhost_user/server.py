@@ -13,6 +13,7 @@ from typing import Self
 
 from avmm.errors import BugError, ConfigError, GuestFault, HostError
 from avmm.eventfd import owned_eventfd
+from avmm.log import GuestLog
 from avmm.loop import add_reader
 from avmm.machine.config import check_io
 from avmm.machine.lifecycle import uninterrupted
@@ -76,6 +77,7 @@ class VhostUserServer:
         self._io_threads = io_threads
         self._io_poll_us = io_poll_us
         self._stack = AsyncExitStack()
+        self._guest_log = GuestLog()
         self._connections = 0
         self._device: VirtioDevice
         self._homes: Homes
@@ -115,6 +117,7 @@ class VhostUserServer:
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
+        self._stack.callback(self._guest_log.tell)
         interrupts = Interrupts()
         self._stack.callback(interrupts.close)
         self._homes = Homes.create(loop, threads=self._io_threads, poll_us=self._io_poll_us)
@@ -129,6 +132,7 @@ class VhostUserServer:
             on_error=self._on_error,
             # Nobody says how many the guest has; front-ends may leave queues unused.
             cpus=len(os.sched_getaffinity(0)),
+            guest_log=self._guest_log,
         )
         self._device = await self.config.device_type.build(self.config, context)
         config_fd = owned_eventfd(self._stack)
@@ -159,7 +163,8 @@ class VhostUserServer:
             await Session(self._transport, channel).serve()
             log.info("%s: the front-end has closed the connection", self.id)
         except (GuestFault, HostError) as e:
-            log.warning("%s: the connection is closed: %s", self.id, e)
+            text = "%s: the connection is closed: %s"
+            self._guest_log.write(log, logging.WARNING, text, self.id, e)
         finally:
             await uninterrupted(self._let_go(self._transport, channel))
 

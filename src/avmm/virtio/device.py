@@ -22,8 +22,6 @@ from avmm.virtio.state import DeviceState, Transition
 
 log = logging.getLogger(__name__)
 
-_FAULTS_LOGGED = 10
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatistics:
@@ -216,11 +214,17 @@ class VirtioDevice(Hooks):
         """The guest broke the specification: count it and ask for a reset (2.1.2)."""
         self._faults += 1
         self._last_fault = fault.kind
-        # A guest can do this for ever; after the first few only every doubling is worth a line.
-        if self._faults <= _FAULTS_LOGGED or not self._faults & (self._faults - 1):
-            log.warning("%s: %s (fault %d)", self.context.id, fault, self._faults)
+        self.say(logging.WARNING, "%s (fault %d)", fault, self._faults)
         self._need_reset()
         self.context.on_fault(self.context.id, fault)
+
+    def say(
+        self, level: int, message: str, *args: object, error: BaseException | None = None
+    ) -> None:
+        """A line in the log that the guest can cause. error: its traceback follows."""
+        self.context.guest_log.write(
+            log, level, f"%s: {message}", self.context.id, *args, error=error
+        )
 
     def set_config(self, data: bytes, *, notify: bool = True) -> None:
         """Replace the configuration space and, by `notify`, tell the driver (2.5.1)."""
@@ -340,5 +344,5 @@ class VirtioDevice(Hooks):
             bug = BugError("device", f"{self.context.id}: {type(error).__name__}: {error}")
             bug.__cause__ = error
             error = bug
-        log.error("%s: %s", self.context.id, error, exc_info=error)
+        self.say(logging.ERROR, "%s", error, error=error)
         self.context.on_error(error)

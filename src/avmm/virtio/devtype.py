@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from avmm.errors import GuestFault
+from avmm.log import GuestLog
 from avmm.mem.guest import GuestMemory
 from avmm.virtio.features import RING_DEFAULT, RingLayout
 from avmm.virtio.home import Homes
@@ -29,6 +30,7 @@ class DeviceContext:
     on_fault, on_ready: called on the loop with the id when the guest broke the specification, and
     when its driver has set the device up or left it; only to be told. on_link: so when a NIC's
     cable was plugged in or out.
+    guest_log: for whatever a guest can make a device say.
     """
 
     id: str
@@ -43,6 +45,7 @@ class DeviceContext:
     on_fault: Callable[[str, GuestFault], None] = lambda id, fault: None
     on_ready: Callable[[str, bool], None] = lambda id, ready: None
     on_link: Callable[[str, bool], None] = lambda id, up: None
+    guest_log: GuestLog = field(default_factory=GuestLog)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,6 @@ from avmm.virtio.home import HomeChoice
 from avmm.virtio.queue import SIZE_MAX, SIZE_MIN
 from avmm.virtio.workers import Workers
 
-log = logging.getLogger(__name__)
-
 VIRTIO_ID_MAX = 63
 """What virtio-pci has device numbers for."""
 
@@ -28,8 +26,6 @@ CONFIG_MAX_BYTES = 0x1000 - 0x100
 
 OWN_FEATURES = (1 << 24) - 1 | ((1 << 64) - (1 << 50))
 """Bits that belong to the kind of device (virtio 1.3 section 2.2)."""
-
-_LOGGED = 10
 
 
 class Chain:
@@ -203,8 +199,9 @@ class ServedDevice(VirtioDevice):
         self._dirty: set[int] = set()
         self._flush: asyncio.Handle | None = None
         name = f"avmm-{context.id}"
-        self._requests: Workers[Chain] = Workers(context.loop, name, self._perform)
-        self._events: Workers[Chain] = Workers(context.loop, name, self._perform)
+        work = context.loop, name, self._perform, context.guest_log
+        self._requests: Workers[Chain] = Workers(*work)
+        self._events: Workers[Chain] = Workers(*work)
         self.set_config(device.config)
 
     def kick(self, index: int) -> bool:
@@ -334,13 +331,11 @@ class ServedDevice(VirtioDevice):
 
     def _count_failure(self, chain: Chain, error: BaseException) -> None:
         self._failed += 1
-        # A guest can do this for ever; after the first few only every doubling is worth a line.
-        if self._failed <= _LOGGED or not self._failed & (self._failed - 1):
-            log.warning(
-                *("%s: handle() of a chain of queue %d: %s: %s (failure %d)", self.context.id),
-                *(chain.queue, type(error).__name__, error, self._failed),
-                exc_info=error,
-            )
+        self.say(
+            *(logging.WARNING, "handle() of a chain of queue %d: %s: %s (failure %d)"),
+            *(chain.queue, type(error).__name__, error, self._failed),
+            error=error,
+        )
 
 
 async def build(device: PythonDevice, context: DeviceContext) -> ServedDevice:

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Generic, TypeVar
 
+from avmm.log import GuestLog
+
 log = logging.getLogger(__name__)
 
 CANCEL_S = 5.0
@@ -32,8 +34,10 @@ class Workers(Generic[T]):
         loop: asyncio.AbstractEventLoop,
         name: str,
         perform: Callable[[T], Awaitable[None]],
+        guest_log: GuestLog,
     ) -> None:
         self._loop = loop
+        self._guest_log = guest_log
         self._name = name
         self._perform = perform
         self._waiting: deque[T] = deque()
@@ -85,7 +89,8 @@ class Workers(Generic[T]):
         finally:
             self._cancelling -= 1
         for task in tasks & self._busy.keys():
-            log.error("%s: a request goes on after it was cancelled; it is given up", self._name)
+            text = "%s: a request goes on after it was cancelled; it is given up"
+            self._guest_log.write(log, logging.ERROR, text, self._name)
             self._abandoned.add(task)
             drop(self._busy.pop(task))
         self._tell_rested()

@@ -7,9 +7,10 @@ import errno
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from avmm.errors import ConfigError
+from avmm.log import GuestLog
 from avmm.vsock.connection import Connection
 from avmm.vsock.packet import PORT_MAX
 from avmm.vsock.table import Table
@@ -66,9 +67,9 @@ class VsockServer:
 
     # What follows is for the host.
 
-    def take(self, loop: asyncio.AbstractEventLoop, connection: Connection) -> None:
+    def take(self, host: VsockHost, connection: Connection) -> None:
         """A connection of the guest's, accepted."""
-        transport = StreamTransport(loop, connection, self._factory())
+        transport = host.transport(connection, self._factory())
         self._transports.add(transport)
         transport.lost.add_done_callback(lambda _: self._forget(transport))
         connection.accept()
@@ -91,8 +92,13 @@ class VsockHost:
     """
 
     def __init__(
-        self, cid: int, loop: asyncio.AbstractEventLoop, on_work: Callable[[], None]
+        self,
+        cid: int,
+        loop: asyncio.AbstractEventLoop,
+        on_work: Callable[[], None],
+        guest_log: GuestLog,
     ) -> None:
+        self.guest_log = guest_log
         self.table = Table(cid, loop, on_work, self._on_request)
         self.fallback: Fallback | None = None
         self._loop = loop
@@ -125,7 +131,7 @@ class VsockHost:
     ) -> asyncio.Transport:
         """The same for an asyncio.Protocol, which `factory` makes."""
         connection = self.table.ask(_checked(port))
-        transport = StreamTransport(self._loop, connection, factory())
+        transport = self.transport(connection, factory())
         connection.ask()
         try:
             async with asyncio.timeout(timeout_s):
@@ -170,6 +176,10 @@ class VsockHost:
 
     # What follows is for the device.
 
+    def transport(self, connection: Connection, protocol: asyncio.BaseProtocol) -> StreamTransport:
+        """For a connection of this guest's."""
+        return StreamTransport(self._loop, connection, protocol, self._report)
+
     async def close(self) -> None:
         """End all: streams with ConnectionResetError, servers, their tasks. Idempotent."""
         self.table.close("The microVM has ended")
@@ -186,7 +196,7 @@ class VsockHost:
         server = self._servers.get(connection.host_port)
         if server is not None:
             self.table.counters.opened += 1
-            server.take(self._loop, connection)
+            server.take(self, connection)
             return True
         return self.fallback is not None and self.fallback(connection)
 
@@ -206,19 +216,25 @@ class VsockHost:
         try:
             await work
         except ConnectionError as e:
-            log.debug("vsock port %s: %s", writer.get_extra_info("sockname"), e)
+            name = writer.get_extra_info("sockname")
+            self.guest_log.write(log, logging.DEBUG, "vsock port %s: %s", name, e)
             writer.transport.abort()
         except BaseException as e:
             writer.transport.abort()
             if isinstance(e, asyncio.CancelledError):
                 raise
-            self._loop.call_exception_handler(
+            self._report(
                 {
                     "message": "A callback of VsockHost.serve() failed",
                     "exception": e,
                     "transport": writer.transport,
                 }
             )
+
+    def _report(self, context: dict[str, Any]) -> None:
+        """To the loop, as asyncio's servers do; only so often, for a guest can connect for ever."""
+        if self.guest_log.admits():
+            self._loop.call_exception_handler(context)
 
 
 def _checked(port: int) -> int:

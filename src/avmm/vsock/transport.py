@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 from avmm.vsock.connection import Connection
@@ -18,6 +19,7 @@ class StreamTransport(asyncio.Transport):
     """Loop. What comes while reading is paused waits here, BUFFER_BYTES of it at most, and the
     guest is told of room only as the protocol takes it.
 
+    report: told of what the protocol raises, as loop.call_exception_handler().
     opened: done when connection_made() was called; fails when the guest refuses.
     get_extra_info(): "peername" is (guest's CID, port), "sockname" (2, port).
     """
@@ -27,6 +29,7 @@ class StreamTransport(asyncio.Transport):
         loop: asyncio.AbstractEventLoop,
         connection: Connection,
         protocol: asyncio.BaseProtocol,
+        report: Callable[[dict[str, Any]], object],
     ) -> None:
         super().__init__(
             {
@@ -37,6 +40,7 @@ class StreamTransport(asyncio.Transport):
         self.opened: asyncio.Future[None] = loop.create_future()
         self.lost: asyncio.Future[None] = loop.create_future()
         self._loop = loop
+        self._report = report
         self._connection = connection
         self._protocol = protocol
         self._made = False
@@ -246,7 +250,7 @@ class StreamTransport(asyncio.Transport):
         try:
             return getattr(self._protocol, name)(*arguments)
         except Exception as e:
-            self._loop.call_exception_handler(
+            self._report(
                 {
                     "message": f"{name}() of a vsock connection's protocol failed",
                     "exception": e,

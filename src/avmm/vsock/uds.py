@@ -21,7 +21,6 @@ from avmm.unixsocket import Listener
 from avmm.vsock.connection import Connection
 from avmm.vsock.host import VsockHost
 from avmm.vsock.packet import PORT_MAX
-from avmm.vsock.transport import StreamTransport
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +155,7 @@ class UnixSockets:
             program = self._listener.accept()
         except HostError as e:
             # The connection stays where it is, so without a rest the loop would do nothing else.
-            log.warning("vsock: %s", e)
+            self._host.guest_log.write(log, logging.WARNING, "vsock: %s", e)
             self._loop.remove_reader(self._listener.socket.fileno())
             self._resting = self._loop.call_later(_REST_S, self._listen)
             return
@@ -207,11 +206,11 @@ class UnixSockets:
                 stack.callback(program.close)
                 program.connect(path)
             except OSError as e:  # nobody listens, or has time
-                log.debug("%s: %s", path, e)
+                self._host.guest_log.write(log, logging.DEBUG, "%s: %s", path, e)
                 return False
             stack.pop_all()
         guest = Relay()
-        transport = StreamTransport(self._loop, connection, guest)
+        transport = self._host.transport(connection, guest)
         connection.accept()
         transport.on_open()
         self._start(self._join(guest, program))
@@ -243,4 +242,4 @@ class UnixSockets:
         try:
             await work
         except (OSError, AvmmError) as e:
-            log.debug("%s: %s", self._path, e)
+            self._host.guest_log.write(log, logging.DEBUG, "%s: %s", self._path, e)

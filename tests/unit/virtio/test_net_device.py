@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import socket
@@ -18,6 +19,7 @@ from avmm.hostnet.tap import (
     OFFLOAD_USO4,
     OFFLOAD_USO6,
 )
+from avmm.log import LINES_AT_ONCE
 from avmm.virtio import features
 from avmm.virtio.devices.net import RX, TX
 from avmm.virtio.interrupt import CONFIG_CHANGE
@@ -228,6 +230,19 @@ async def test_a_tap_that_is_taken_away_costs_the_carrier_and_not_the_vm(
         net.send(b"into the void")
         await eventually(lambda: net.counter("tx_dropped") == 1)
     assert "avtest0" in caplog.text
+
+
+async def test_a_guest_that_resets_a_nic_without_its_tap_does_not_fill_the_log(
+    plugged: Plugged, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise HostError("tap", op="TUNSETOFFLOAD", errno=errno.EBADFD)
+
+    async with plugged() as net:
+        monkeypatch.setattr(net.tap, "set_offload", refuse)
+        for _ in range(2 * LINES_AT_ONCE):
+            await net.rig.driver.start()
+        assert len(caplog.records) == LINES_AT_ONCE
 
 
 async def test_a_receive_buffer_too_small_for_a_header_is_a_fault(plugged: Plugged) -> None:

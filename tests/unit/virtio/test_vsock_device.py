@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from avmm.errors import ConfigError
+from avmm.log import LINES_AT_ONCE
 from avmm.vsock.credit import BUFFER_BYTES, UPDATE_BYTES
 from avmm.vsock.packet import SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, Op
 from fakes.driver_queue import Segment
@@ -482,4 +483,9 @@ async def test_a_callback_that_fails_resets_its_connection_alone(rigged: Rigged)
         assert str(failures[0]["exception"]) == "broken"
         _, writer, _ = await connected(guest)
         writer.close()
+        for port in range(8, 8 + 2 * LINES_AT_ONCE):
+            guest.send(Op.REQUEST, SERVED, port)
+            while (await guest.packet())[0].op != Op.RST:
+                pass
+        assert len(failures) == LINES_AT_ONCE
     loop.set_exception_handler(None)

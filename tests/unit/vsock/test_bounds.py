@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from avmm.errors import HostError
+from avmm.log import GuestLog
 from avmm.vsock.host import VsockHost
 from avmm.vsock.packet import CID_HOST, TYPE_STREAM, Header, Op
 from fakes.mmio_driver import settle
@@ -72,7 +73,7 @@ async def test_thousands_of_connections_at_once() -> None:
                 done.set()
 
     lost: list[Exception | None] = []
-    host, ring = VsockHost(3, asyncio.get_running_loop(), lambda: None), Taker()
+    host, ring = VsockHost(3, asyncio.get_running_loop(), lambda: None, GuestLog()), Taker()
     server = host.create_server(Program, SERVED)
 
     def packets(op: Op, payload: bytes = b"", flags: int = 0) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from avmm.log import GuestLog
 from avmm.vsock.credit import BUFFER_BYTES
 from avmm.vsock.host import VsockHost
 from avmm.vsock.packet import (
@@ -246,7 +247,7 @@ async def test_connections_at_once_are_what_they_would_be_alone(seed: int) -> No
     rng = random.Random(seed)
     loop = asyncio.get_running_loop()
     guest, ends = Guest(rng), list[HostEnd]()
-    host = VsockHost(CID, loop, lambda: None)
+    host = VsockHost(CID, loop, lambda: None, GuestLog())
     host.create_server(lambda: HostEnd(ends), PORT)
     connecting: set[asyncio.Task[object]] = set()
 

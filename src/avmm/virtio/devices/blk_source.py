@@ -27,8 +27,6 @@ else:
 
 log = logging.getLogger(__name__)
 
-_LOGGED = 10
-
 # struct av_blk_loop_op.
 _Op = tuple[int, int, int, int, int, int]
 _OP = struct.Struct("=QQQQII")
@@ -111,12 +109,15 @@ class Feed:
         self.refusing = False
         self.failed = 0
         self._id = context.id
+        self._guest_log = context.guest_log
         self._name = type(source).__name__
         self._native = native
         self._depth = depth
         self._ops = ffi.new("struct av_blk_loop_op[]", depth)
         self._buffer = memoryview(ffi.buffer(self._ops))
-        self._workers: Workers[_Op] = Workers(context.loop, f"avmm-{context.id}", self._perform)
+        self._workers: Workers[_Op] = Workers(
+            context.loop, f"avmm-{context.id}", self._perform, context.guest_log
+        )
         self._read: Any = getattr(source, "read", None)
         self._write: Any = getattr(source, "write", None)
         self._read_into: Any = getattr(source, "read_into", None)
@@ -200,15 +201,13 @@ class Feed:
     def _failure(self, op: _Op, error: BaseException) -> int:
         """Count it and say so; what the datapath is told."""
         self.failed += 1
-        # A guest can do this for ever; after the first few only every doubling is worth a line.
-        if self.failed <= _LOGGED or not self.failed & (self.failed - 1):
-            _, offset, length, _, kind, _ = op
-            log.warning(
-                *("%s: %s of %d bytes at %d: %s: %s: %s (failure %d)", self._id),
-                *(_NAMES[kind], length, offset, self._name, type(error).__name__, error),
-                self.failed,
-                exc_info=None if isinstance(error, OSError | NotImplementedError) else error,
-            )
+        _, offset, length, _, kind, _ = op
+        self._guest_log.write(
+            *(log, logging.WARNING, "%s: %s of %d bytes at %d: %s: %s: %s (failure %d)", self._id),
+            *(_NAMES[kind], length, offset, self._name, type(error).__name__, error),
+            self.failed,
+            error=None if isinstance(error, OSError | NotImplementedError) else error,
+        )
         return -errno.EOPNOTSUPP if isinstance(error, NotImplementedError) else -errno.EIO
 
 

@@ -49,8 +49,6 @@ from avmm.virtio.home import HomeChoice
 from avmm.virtio.limit import RateLimit
 from avmm.virtio.queue import SIZE_MAX, SIZE_MIN, check_queue_size
 
-log = logging.getLogger(__name__)
-
 RX, TX = 0, 1
 CONTROL_QUEUE_SIZE = 64
 PAIRS_DEFAULT_MAX = 8
@@ -357,7 +355,7 @@ class NetDevice(VirtioDevice):
 
     def _tap_is_gone(self, error: int) -> None:
         """Somebody took the TAP away: the guest loses its carrier, not its life."""
-        log.error("%s: TAP %s: %s", self.context.id, self.tap.name, os.strerror(error))
+        self.say(logging.ERROR, "TAP %s: %s", self.tap.name, os.strerror(error))
         self._set_link_up(False)
 
     @contextlib.contextmanager

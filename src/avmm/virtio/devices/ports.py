@@ -19,8 +19,6 @@ from avmm.virtio.devices.port import GuestPort
 from avmm.virtio.devices.ports_control import Event, pack, parse
 from avmm.virtio.devtype import DeviceContext, DeviceType
 
-log = logging.getLogger(__name__)
-
 PORTS_MAX = 30
 CONTROL_RX, CONTROL_TX = 2, 3
 _CONTROL_DATA_MAX_BYTES = 4096
@@ -67,7 +65,6 @@ class PortsDevice(VirtioDevice):
         self._working = False
         self._messages = 0
         self._errors = 0
-        self._refusals = 0
         # What the driver is to be told, in order. A message is made when it is sent, of how things
         # are then, so a driver that takes none makes none pile up.
         self._pending: dict[tuple[int, Event], None] = {}
@@ -170,25 +167,17 @@ class PortsDevice(VirtioDevice):
                 self._pending[port.id, Event.PORT_OPEN] = None
             self._tell()
         else:
-            self._on_refused(f"port {port.name}")
+            self.say(logging.WARNING, "the driver cannot use port %s", port.name)
 
     def _on_driver_ready(self, ready: bool) -> None:
         if not ready:
-            self._on_refused("its ports")
+            self.say(logging.WARNING, "the driver cannot use its ports")
             return
         for port in self._by_id.values():
             if not port.added:
                 port.added = True
                 self._pending[port.id, Event.DEVICE_ADD] = None
         self._tell()
-
-    def _on_refused(self, what: str) -> None:
-        # A driver can say so for ever; only every doubling is worth a line.
-        self._refusals += 1
-        if not self._refusals & (self._refusals - 1):
-            log.warning(
-                "%s: the driver cannot use %s (message %d)", self.context.id, what, self._refusals
-            )
 
     def _on_open(self, port: GuestPort) -> None:
         if port.ready:

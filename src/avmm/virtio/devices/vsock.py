@@ -88,7 +88,7 @@ class VsockDevice(VirtioDevice):
         sizes = (_QUEUE_SIZE, _QUEUE_SIZE, _EVENT_QUEUE_SIZE)
         super().__init__(VSOCK, context, offered=features.IN_ORDER, queue_sizes=sizes)
         self.set_config(struct.pack("<Q", config.cid))
-        self.host = VsockHost(config.cid, context.loop, self._on_work)
+        self.host = VsockHost(config.cid, context.loop, self._on_work, context.guest_log)
         context.stack.push_async_callback(self.host.close)
         self._ring = _GuestRing(self.queues[RX])
         self._headers = bytearray(_PACKETS_MAX * HEADER_BYTES)
