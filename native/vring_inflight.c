@@ -112,6 +112,8 @@ void av_inflight_take(struct av_vring *ring, uint16_t head)
 {
     struct inflight_desc *desc = &ring->inflight.region->desc[head];
 
+    if (desc->inflight)
+        return; /* taken again: it keeps its place, for one more process that may follow */
     desc->counter = ring->inflight.counter++;
     __atomic_store_n(&desc->inflight, 1, __ATOMIC_RELEASE);
 }

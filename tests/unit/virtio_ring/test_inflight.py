@@ -116,6 +116,15 @@ def test_death_before_the_batch_is_shown(kept: Kept) -> None:
     assert kept.take(3) == heads
 
 
+def test_death_while_they_are_taken_again_does_not_change_their_order(kept: Kept) -> None:
+    heads = kept.offer(3)
+    kept.take(3)
+    kept.start()
+    kept.take(1)
+    kept.start()
+    assert kept.take(3) == heads
+
+
 def test_a_new_life_of_the_ring_begins_with_nothing(kept: Kept) -> None:
     for _ in range(20):
         kept.offer(1)
