@@ -117,18 +117,20 @@ int av_split_take(struct av_vdriver *d, uint32_t *token, uint32_t *written_bytes
 {
     const struct used_elem *elem;
     struct chain_note *note;
+    uint32_t id;
 
     if (!av_split_more(d))
         return 0;
     elem = &used(d)->ring[d->next_used & (d->size - 1)];
-    if (elem->id >= d->size || d->note[elem->id].count == 0)
+    id = __atomic_load_n(&elem->id, __ATOMIC_RELAXED); /* once: it is the device's to change */
+    if (id >= d->size || d->note[id].count == 0)
         return -EPROTO;
-    note = &d->note[elem->id];
+    note = &d->note[id];
     *token = note->token;
     *written_bytes = elem->len;
     /* The chain's descriptors are still linked with one another in the free list's array. */
     d->next_free[note->last] = d->first_free;
-    d->first_free = (uint16_t)elem->id;
+    d->first_free = (uint16_t)id;
     d->free = (uint16_t)(d->free + note->count);
     note->count = 0;
     d->next_used++;
