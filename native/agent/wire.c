@@ -36,6 +36,7 @@ void av_wire_begin(int fd, const struct av_buffer *early)
     struct sigaction action = {.sa_handler = terminated};
 
     connection = fd;
+    at = 0;
     end = early->end - early->at;
     if (end > sizeof room)
         leave();

@@ -26,11 +26,12 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 @dataclass(frozen=True)
 class Target:
-    """sources: all it is made of but what runs it. parsers: those whose coverage counts."""
+    """parsers: the library whose coverage counts. helpers: what targets of a kind share."""
 
     name: str
-    sources: tuple[Path, ...]
+    source: Path
     parsers: tuple[Path, ...]
+    helpers: tuple[Path, ...]
     link: tuple[str, ...] = ("-luring", "-lpthread")
 
     @property
@@ -51,11 +52,12 @@ class Toolchain:
 
 
 # What parsers call of the host that an input is to decide, as fuzz_NAME() does instead.
-REPLACED = ("clock_gettime", "getrandom", "kill")
+REPLACED = ("clock_gettime", "clock_settime", "time", "getrandom", "mmap", "munmap")
+REPLACED += ("kill", "_exit")
 
 LIBFUZZER = Toolchain(
     "clang",
-    ("-O1", *SANITIZERS),
+    ("-O1", "-Wall", "-Wextra", "-Wshadow", "-Werror", *SANITIZERS),
     coverage=("-fsanitize=fuzzer-no-link",),
     engine=("-fsanitize=fuzzer",),
 )
@@ -70,14 +72,15 @@ def targets() -> list[Target]:
     """All there are, by name."""
     shared = sorted({*HERE.glob("*.c")} - {REPLAY, *HERE.glob(f"{PREFIX}*.c")})
     agent = sorted({*NATIVE.glob("agent/*.c")} - {NATIVE / "agent/main.c"})
+    few = (HERE / "input.c", HERE / "replaced.c")
     shim = sorted(NATIVE.glob("*.c"))
     found = []
     for source in sorted(HERE.glob(f"{PREFIX}*.c")):
         name = source.stem.removeprefix(PREFIX)
         if name.startswith("agent"):
-            found.append(Target(name, (source, HERE / "input.c"), tuple(agent)))
+            found.append(Target(name, source, tuple(agent), few))
         else:
-            found.append(Target(name, (source, *shared), tuple(shim)))
+            found.append(Target(name, source, tuple(shim), tuple(shared)))
     return found
 
 
@@ -88,12 +91,15 @@ def build(chosen: Sequence[Target], toolchain: Toolchain, folder: Path) -> dict[
     """
     folder.mkdir(parents=True, exist_ok=True)
     parsers = {path for target in chosen for path in target.parsers}
-    sources = {path for target in chosen for path in target.sources} | {*toolchain.main}
+    helpers = {path for target in chosen for path in (target.source, *target.helpers)}
+    sources = helpers | {*toolchain.main}
+    headers = (Path(__file__), *NATIVE.rglob("*.h"))
+    newest = max(path.stat().st_mtime for path in headers)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         replace = tuple(f"-D{name}=fuzz_{name}" for name in REPLACED)
         extra = dict.fromkeys(parsers, (*toolchain.coverage, *replace))
         jobs = {
-            path: pool.submit(_compile, path, toolchain, extra.get(path, ()), folder)
+            path: pool.submit(_compile, path, toolchain, extra.get(path, ()), folder, newest)
             for path in sorted(parsers | sources)
         }
         objects = {path: job.result() for path, job in jobs.items()}
@@ -105,24 +111,28 @@ def _run(command: Sequence[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def _compile(source: Path, toolchain: Toolchain, extra: Sequence[str], folder: Path) -> Path:
+def _compile(
+    source: Path, toolchain: Toolchain, extra: Sequence[str], folder: Path, newest: float
+) -> Path:
     made = folder / ("-".join(source.relative_to(NATIVE).parts) + ".o")
-    inputs = (source, Path(__file__), *NATIVE.rglob("*.h"))
-    if made.exists() and made.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
+    if source.name.startswith(PREFIX):  # it may include a source
+        newest = max(path.stat().st_mtime for path in NATIVE.rglob("*.c"))
+    if made.exists() and made.stat().st_mtime > max(newest, source.stat().st_mtime):
         return made
-    options = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror", f"-I{NATIVE}")
+    options = ("-std=gnu11", "-g", f"-I{NATIVE}")
     command = [toolchain.compiler, *options, *toolchain.options, *extra]
     _run([*command, "-c", str(source), "-o", str(made)])
     return made
 
 
 def _link(target: Target, toolchain: Toolchain, objects: dict[Path, Path], folder: Path) -> Path:
-    """The parsers go in by an archive: of those, only what the target reaches."""
+    """All but the target itself goes in by an archive: only what it reaches."""
     program = folder / f"fuzz-{target.name}"
     archive = program.with_suffix(".a")
     archive.unlink(missing_ok=True)
-    _run(["ar", "rcsT", str(archive), *(str(objects[path]) for path in target.parsers)])
-    own = [str(objects[path]) for path in (*target.sources, *toolchain.main)]
+    library = (str(objects[path]) for path in (*target.parsers, *target.helpers))
+    _run(["ar", "rcsT", str(archive), *library])
+    own = [str(objects[path]) for path in (target.source, *toolchain.main)]
     options = (*toolchain.options, *toolchain.engine)
     command = [toolchain.compiler, *options, *own, str(archive), *target.link]
     _run([*command, "-o", str(program)])

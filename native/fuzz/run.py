@@ -36,7 +36,7 @@ class Outcome:
     edges: int
     edges_there: int
     kept: Path | None
-    failed: bool
+    status: int
     output: str
 
 
@@ -70,7 +70,7 @@ def run(target: Target, program: Path, seconds: int) -> Outcome:
         edges=last(r"cov: (\d+)", output),
         edges_there=last(r"\((\d+) inline 8-bit counters\)", output),
         kept=next(iter(set(FOUND.iterdir()) - before), None),
-        failed=ended.returncode != 0,
+        status=ended.returncode,
         output=output,
     )
 
@@ -130,15 +130,16 @@ def main() -> int:
             print(f"{target.name}: {len(sizes)} files, {sum(sizes)} bytes", flush=True)
             continue
         outcome = run(target, programs[target.name], options.seconds)
-        failed |= outcome.failed
+        failed |= outcome.status != 0
         print(
             f"{target.name}: {outcome.executions} executions, {outcome.executions_per_s}/s,"
             f" {outcome.edges} of {outcome.edges_there} edges",
             flush=True,
         )
-        if outcome.failed:
+        if outcome.status != 0:
             print(outcome.output[-6000:], file=sys.stderr)
-            print(f"{target.name}: FAILED, by the input {outcome.kept}", flush=True)
+            why = f"by the input {outcome.kept}" if outcome.kept else "with no input kept"
+            print(f"{target.name}: FAILED, {why}, status {outcome.status}", flush=True)
     return 1 if failed else 0
 
 

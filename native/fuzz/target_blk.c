@@ -22,6 +22,7 @@ struct disk {
     uint64_t headers_gpa;
     uint64_t sectors_max; /* the most it ever had */
     uint64_t lost;        /* chains forgotten in earlier lives of the ring */
+    int lost_errno;       /* of a sync that failed */
 };
 
 static void create(struct disk *disk, struct fuzz_input *in)
@@ -35,6 +36,7 @@ static void create(struct disk *disk, struct fuzz_input *in)
         .write_zeroes = bits >> 2 & 1,
         .writeback = bits >> 3 & 1,
         .alignment_bytes = bits & 16 ? 512 : 1,
+        .lost = bits & 32 ? &disk->lost_errno : NULL,
         .seg_max = 1 + (bits >> 5),
         .depth = DEPTH,
         .engine = AV_BLK_LOOP,
