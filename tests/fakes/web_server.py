@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,8 +13,9 @@ from contextlib import asynccontextmanager
 class WebServer:
     """A web server of one file, that knows ranges; asked: the ranges it was asked for."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, tls: ssl.SSLContext | None = None) -> None:
         self.data = data
+        self.tls = tls
         self.etag = '"1"'
         self.ranges = True
         self.close_after = False
@@ -25,10 +27,10 @@ class WebServer:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self.tls)
         try:
             port = server.sockets[0].getsockname()[1]
-            yield f"http://127.0.0.1:{port}/disk.img"
+            yield f"http{'s' if self.tls else ''}://127.0.0.1:{port}/disk.img"
         finally:
             server.close()
             self.hang_up()

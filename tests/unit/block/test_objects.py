@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
+import ssl
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -285,6 +288,34 @@ async def test_a_server_without_ranges_is_refused_and_none_is_a_hosts_error(
     with pytest.raises(HostError, match=r"disk\.img"):
         async with HttpDisk(url):
             pass
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """One for 127.0.0.1 that signs itself, and its key; skips where there is no openssl."""
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("openssl is not installed")
+    made, key = folder / "certificate.pem", folder / "key.pem"
+    options = "req -x509 -nodes -days 1 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -subj /CN=test"
+    subprocess.run(
+        [openssl, *options.split(), "-addext", "subjectAltName=IP:127.0.0.1",
+         "-out", made, "-keyout", key], check=True, capture_output=True,
+    )  # fmt: skip
+    return made, key
+
+
+async def test_a_server_on_tls_is_read_when_its_certificate_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, key = certificate(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(made, key)
+    server = WebServer(random.Random(4).randbytes(2 * BLOCK_BYTES), tls)
+    async with server.running() as url:
+        with pytest.raises(HostError, match="certificate"):
+            await HttpDisk(url).__aenter__()
+        monkeypatch.setenv("SSL_CERT_FILE", str(made))
+        async with HttpDisk(url) as disk:
+            assert await all_of(disk) == server.data
 
 
 async def outcomes(disk: FaultyDisk) -> list[str]:

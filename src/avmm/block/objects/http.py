@@ -47,6 +47,8 @@ class HttpDisk:
         async with HttpDisk("http://images.example/root.img") as disk:
             config = Config(disks=[AsyncDisk(disk, read_only=True)], ...)
 
+    An https server is checked by the certificates of the system, or of $SSL_CERT_FILE.
+
     The file must not change: when its ETag or date does, reads fail. Blocks of 256 KiB are kept,
     the last ones used, up to cache_bytes; of several reads that miss the same block one asks.
     timeout_s: for one answer. At most eight connections are open; they are used again, and one
