@@ -11,9 +11,12 @@
  *   vsock check PORT N BYTES   N connections to the host at once, each of which sends BYTES of its
  *                              own, and gets the same back
  *   vsock rate PORT N          N connections to the host, one after the other
+ *   vsock measure PORT HOW MS  for so long: send or receive bytes on one connection, echo a byte
+ *                              there and back, or connect and close; says how many in which time
  *
  * An exit status of 0 means that all went well. PORTs of the host are those of CID 2, or of the CID
- * in the environment, as VSOCK_CID. */
+ * in the environment, as VSOCK_CID. With VSOCK_UNIX=PATH in it, serve is on the host, for guests
+ * whose port PORT is the unix socket PATH_PORT. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -25,7 +28,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <linux/vm_sockets.h>
@@ -126,13 +131,38 @@ static int serve_one(int fd, const char *what)
     return zero(fd, UINT64_MAX);
 }
 
-static int serve(uint64_t port, const char *what)
+static int bind_unix(const char *path, uint64_t port)
+{
+    struct sockaddr_un at = { .sun_family = AF_UNIX };
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int bytes = snprintf(at.sun_path, sizeof(at.sun_path), "%s_%llu", path,
+                         (unsigned long long)port);
+
+    if (bytes < (int)sizeof(at.sun_path))
+        unlink(at.sun_path); /* of one that was killed */
+    if (fd < 0 || bytes >= (int)sizeof(at.sun_path) ||
+        bind(fd, (struct sockaddr *)&at, sizeof(at)) < 0)
+        fail(path);
+    return fd;
+}
+
+static int bind_vsock(uint64_t port)
 {
     struct sockaddr_vm at = address(VMADDR_CID_ANY, port);
-    int fd = open_socket(), client;
+    int fd = open_socket();
+
+    if (bind(fd, (struct sockaddr *)&at, sizeof(at)) < 0)
+        fail("bind");
+    return fd;
+}
+
+static int serve(uint64_t port, const char *what)
+{
+    const char *path = getenv("VSOCK_UNIX");
+    int fd = path != NULL ? bind_unix(path, port) : bind_vsock(port), client;
 
     signal(SIGCHLD, SIG_IGN);
-    if (bind(fd, (struct sockaddr *)&at, sizeof(at)) < 0 || listen(fd, BACKLOG) < 0)
+    if (listen(fd, BACKLOG) < 0)
         fail("listen");
     puts("LISTENING");
     fflush(stdout);
@@ -233,6 +263,70 @@ static int rate(uint64_t port, uint64_t count)
     return 0;
 }
 
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* Bytes go there until the peer has had them all, or come. */
+static int64_t measure_bytes(uint64_t port, bool send, uint64_t end)
+{
+    int fd = connect_to(port);
+    int64_t total = 0;
+
+    while (now_ns() < end) {
+        ssize_t n = send ? write(fd, chunk, sizeof(chunk)) : read(fd, chunk, sizeof(chunk));
+
+        if (n <= 0)
+            fail(send ? "write" : "read");
+        total += n;
+    }
+    if (send && (shutdown(fd, SHUT_WR) < 0 || copy(fd, -1) != 0))
+        fail("shutdown");
+    close(fd);
+    return total;
+}
+
+static int64_t measure_echoes(uint64_t port, uint64_t end)
+{
+    int fd = connect_to(port);
+    int64_t count = 0;
+
+    for (; now_ns() < end; count++)
+        if (write(fd, chunk, 1) != 1 || read(fd, chunk, 1) != 1)
+            fail("echo");
+    close(fd);
+    return count;
+}
+
+static int64_t measure_connections(uint64_t port, uint64_t end)
+{
+    int64_t count = 0;
+
+    for (; now_ns() < end; count++)
+        close(connect_to(port));
+    return count;
+}
+
+static int measure(uint64_t port, const char *how, uint64_t ms)
+{
+    uint64_t start = now_ns(), end = start + ms * 1000000u;
+    int64_t count;
+
+    if (strcmp(how, "echo") == 0)
+        count = measure_echoes(port, end);
+    else if (strcmp(how, "connect") == 0)
+        count = measure_connections(port, end);
+    else
+        count = measure_bytes(port, strcmp(how, "send") == 0, end);
+    printf("{\"count\": %lld, \"ns\": %llu}\n", (long long)count,
+           (unsigned long long)(now_ns() - start));
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     const char *command = argc > 2 ? argv[1] : "";
@@ -254,7 +348,10 @@ int main(int argc, char **argv)
         return check(port, number(argv[3]), number(argv[4]));
     if (strcmp(command, "rate") == 0 && argc == 4)
         return rate(port, number(argv[3]));
+    if (strcmp(command, "measure") == 0 && argc == 5)
+        return measure(port, argv[3], number(argv[4]));
     fprintf(stderr, "usage: vsock serve PORT echo|drop|zero|deaf | cat PORT | zero PORT BYTES |\n"
-                    "       check PORT N BYTES | rate PORT N\n");
+                    "       check PORT N BYTES | rate PORT N |\n"
+                    "       measure PORT send|receive|echo|connect MS\n");
     return 2;
 }

@@ -73,6 +73,7 @@ SUITES: tuple[Suite, ...] = (
     Suite("exits", "exits", "native", "avmm.bench.exits"),
     Suite("embed", "embed", "native", "avmm.bench.embed"),
     Suite("vsock-native", "embed", "native", "avmm.bench.vsock_native"),
+    Suite("vsock-guest", "embed", "guest", "avmm.bench.guest.vsock"),
     Suite("boot-guest", "boot", "guest", "avmm.bench.guest.start"),
 )
 

@@ -19,6 +19,7 @@ from avmm.bench.suite import Options
 from avmm.cli.main import _parser
 from avmm.cli.run import make_config
 from avmm.errors import HostError
+from avmm.virtio.devices.vsock import Vsock
 
 MACHINE = Machine(
     Path("/k/vmlinuz"),
@@ -28,6 +29,7 @@ MACHINE = Machine(
     512,
     (Disk(Path("/dev/nullb0"), direct=True), Disk(Path("/tmp/results.img"))),
     ("tapx",),
+    Path("/tmp/vsock"),
 )
 QEMUS = (contenders.QEMU, contenders.QEMU_MICROVM, contenders.QEMU_VHOST)
 
@@ -49,6 +51,8 @@ def test_our_own_command_is_a_configuration_of_the_machine(own: Contender) -> No
         ("/tmp/results.img", False),
     ]
     assert [net.name for net in config.nets] == ["tapx"]
+    assert isinstance(config.vsock, Vsock)
+    assert (config.vsock.cid, config.vsock.uds) == (contenders.CID, "/tmp/vsock")
     assert config.io_threads == (1 if own is contenders.AVMM_THREAD else 0)
 
 
@@ -68,6 +72,8 @@ def test_qemu_boots_the_same_machine(qemu: Contender) -> None:
     disks = [d for d in values(words, "-device") if "virtio-blk" in d]
     assert ["iothread=io0" in d for d in disks] == [True, False]
     assert values(words, "-object") == ["iothread,id=io0"]
+    vsock = [d for d in values(words, "-device") if "vsock" in d]
+    assert [d.partition(",")[2] for d in vsock] == [f"guest-cid={contenders.CID}"]
 
 
 def test_qemus_differ_in_machine_bus_and_vhost() -> None:
@@ -105,7 +111,7 @@ def test_who_is_not_asked_for_stays_out_and_who_cannot_is_named() -> None:
 
 
 def test_the_guests_script_fits_a_kernel_command_line_and_holds_every_row() -> None:
-    for group in (rows.BLK, rows.NET):
+    for group in (rows.BLK, rows.NET, rows.VSOCK):
         text = rows.cmdline(group, 2.5)
         assert len(text) < 2047 - 200
         script = base64.b64decode(text.rpartition("avmm.cmd=")[2]).decode().splitlines()

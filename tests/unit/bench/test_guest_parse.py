@@ -61,6 +61,14 @@ def test_pps_of_which_nothing_arrived_is_no_result() -> None:
         parse.pps('{"sent": 10, "received": 0, "ns": 0}')
 
 
+def test_vsock_gives_how_many_a_second_or_the_time_of_one() -> None:
+    text = '{"count": 500, "ns": 2000000000}'
+    assert parse.vsock(text) == parse.Reading(250.0, 500)
+    assert parse.vsock(text, round_trips=True) == parse.Reading(0.004, 500)
+    with pytest.raises(ValueError, match="0 in"):
+        parse.vsock('{"count": 0, "ns": 2000000000}')
+
+
 def test_ping_gives_the_median_of_its_answers() -> None:
     text = recorded("ping.txt")
     reading = parse.ping(text)

@@ -12,6 +12,8 @@ from pathlib import Path
 from avmm.bench.record import OWN
 
 MAC = "52:54:00:00:4b:01"
+CID = 78
+"""The guest's address on vsock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,9 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What every contender boots. taps: names of TAPs that exist, are up and are free."""
+    """What every contender boots. taps: names of TAPs that exist, are up and are free.
+    vsock: the path of unix sockets that serve the guest's ports, where a contender has no AF_VSOCK
+    on the host; None: no vsock."""
 
     kernel: Path
     initrd: Path
@@ -34,6 +38,7 @@ class Machine:
     memory_mib: int
     disks: tuple[Disk, ...] = ()
     taps: tuple[str, ...] = ()
+    vsock: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,8 @@ def own(name: str, *options: str, net: str = "") -> Contender:
             words += ["--disk", f"{disk.path},direct" if disk.direct else str(disk.path)]
         for index, tap in enumerate(machine.taps):
             words += ["--net", f"tap={tap},mac={_mac(index)}{net}"]
+        if machine.vsock is not None:
+            words += ["--vsock", f"cid={CID},uds={machine.vsock}"]
         return words
 
     return Contender(name, None, command)
@@ -93,6 +100,8 @@ def _qemu(name: str, peer: str, machine_type: str, bus: str, *, vhost: bool = Fa
             words += _qemu_disk(index, disk, bus)
         for index, tap in enumerate(machine.taps):
             words += _qemu_nic(index, tap, bus, vhost)
+        if machine.vsock is not None:
+            words += ["-device", f"vhost-vsock-{bus},guest-cid={CID}"]
         return words
 
     return Contender(name, peer, command, lambda: _not_found("qemu-system-x86_64"))

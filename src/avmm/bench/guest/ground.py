@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from avmm.bench.guest.contenders import Machine
 from avmm.bench.guest.kit import Kit
-from avmm.bench.guest.rows import HOST, PPS_PORT, PREFIX
+from avmm.bench.guest.rows import DROP_PORT, ECHO_PORT, HOST, PPS_PORT, PREFIX, ZERO_PORT
 from avmm.errors import HostError
 
 NULL_BLK = ("queue_mode=2", "irqmode=0", "memory_backed=0", "gb=4")
@@ -64,20 +65,43 @@ def tap(name: str, address: str = f"{HOST}/{PREFIX}") -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def servers(kit: Kit) -> Iterator[None]:
-    """iperf3 and pps at their ports. Started for each guest: one that hangs keeps them busy."""
+def servers(kit: Kit, machine: Machine) -> Iterator[None]:
+    """What the guest's programs talk to. Started for each guest: one that hangs keeps them busy."""
     with contextlib.ExitStack() as stack:
-        for command in (kit.iperf3("--server"), kit.pps("serve", str(PPS_PORT))):
-            process = stack.enter_context(
-                subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            )
-            stack.callback(os.killpg, process.pid, signal.SIGKILL)
+        if machine.taps:
+            for command in (kit.iperf3("--server"), kit.pps("serve", str(PPS_PORT))):
+                stack.enter_context(_server(command))
+        if machine.vsock is not None:
+            # Both kinds of hosts' ends at once, whichever this contender has.
+            for environment in ({}, {"VSOCK_UNIX": str(machine.vsock)}):
+                for port, what in ((DROP_PORT, "drop"), (ZERO_PORT, "zero"), (ECHO_PORT, "echo")):
+                    command = kit.vsock("serve", str(port), what)
+                    stack.enter_context(_server(command, environment))
         yield
+
+
+@contextlib.contextmanager
+def _server(command: list[str], environment: dict[str, str] | None = None) -> Iterator[None]:
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, **(environment or {})},
+    )
+    with process:
+        try:
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def vsock_path() -> Iterator[Path]:
+    """Where the unix sockets of vsock go; the kernel's own host end is there too from now on."""
+    run("modprobe", "vhost_vsock")
+    with tempfile.TemporaryDirectory(prefix="avmm-bench.") as folder:
+        yield Path(folder) / "vsock"
 
 
 @contextlib.contextmanager

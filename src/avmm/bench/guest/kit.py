@@ -42,7 +42,7 @@ class Kit:
 
     @property
     def bench_initrd(self) -> Path:
-        """The same with fio, iperf3 and pps in /bench."""
+        """The same with fio, iperf3, pps and vsock in /bench."""
         return self.folder / "bench/initrd.img"
 
     def iperf3(self, *arguments: str) -> list[str]:
@@ -52,3 +52,7 @@ class Kit:
     def pps(self, *arguments: str) -> list[str]:
         """The counter of small packets, as a command of the host."""
         return [str(self.folder / "bench/tools/pps"), *arguments]
+
+    def vsock(self, *arguments: str) -> list[str]:
+        """The guest's program for vsock, as a command of the host."""
+        return [str(self.folder / "bench/tools/vsock"), *arguments]

@@ -99,6 +99,20 @@ def pps(text: str) -> Reading:
     return Reading(result.received / (result.ns / 1e9), result.received)
 
 
+class _Counted(msgspec.Struct):
+    count: int
+    ns: int
+
+
+def vsock(text: str, *, round_trips: bool = False) -> Reading:
+    """From vsock measure: how many a second, or the seconds of one round trip."""
+    result = msgspec.json.decode(text, type=_Counted)
+    if result.ns <= 0 or result.count <= 0:
+        raise ValueError(f"vsock: {result.count} in {result.ns} ns")
+    seconds = result.ns / 1e9
+    return Reading(seconds / result.count if round_trips else result.count / seconds, result.count)
+
+
 def ping(text: str) -> Reading:
     """From ping: the median round trip in seconds."""
     times = [float(ms) / 1e3 for ms in re.findall(r" time=([\d.]+) ms", text)]

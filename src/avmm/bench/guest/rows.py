@@ -28,7 +28,7 @@ class Row:
     title: str
     unit: str
     better: Literal["higher", "lower"]
-    device: Literal["blk", "net"]
+    device: Literal["blk", "net", "vsock"]
     line: Callable[[float], str]
     read: Callable[[str], Reading]
     packets: bool = False
@@ -80,6 +80,33 @@ NET = (
     _pps("pup", "UDP 64 B guest to host", "send"),
     _pps("pdown", "UDP 64 B host to guest", "receive"),
     Row("ping", "ping, median", "s", "lower", "net", _ping_line, parse.ping),
+)
+
+
+DROP_PORT, ZERO_PORT, ECHO_PORT = 5210, 5211, 5212
+
+
+def _vsock(key: str, title: str, unit: str, port: int, how: str) -> Row:
+    def line(seconds: float) -> str:
+        return f"row {key} vsock measure {port} {how} {seconds * 1000:.0f}"
+
+    trips = unit == "s"
+    return Row(
+        key,
+        title,
+        unit,
+        "lower" if trips else "higher",
+        "vsock",
+        line,
+        partial(parse.vsock, round_trips=trips),
+    )
+
+
+VSOCK = (
+    _vsock("vup", "vsock guest to host", "B/s", DROP_PORT, "send"),
+    _vsock("vdown", "vsock host to guest", "B/s", ZERO_PORT, "receive"),
+    _vsock("vecho", "vsock byte there and back", "s", ECHO_PORT, "echo"),
+    _vsock("vconnect", "vsock connections of the guest", "1/s", DROP_PORT, "connect"),
 )
 
 

@@ -85,12 +85,13 @@ def take_turns(
     """Boot each contender once per run, in turns. HostError when the host cannot."""
     kit = Kit.find()
     results = Results()
-    wants_net = any(row.device == "net" for row in rows)
+    kinds = {row.device for row in rows}
     with contextlib.ExitStack() as stack:
         disk = stack.enter_context(ground.null_disk())
         report = stack.enter_context(ground.results_disk())
         stack.enter_context(ground.exit_counts())
-        taps = (stack.enter_context(ground.tap(TAP)),) if wants_net else ()
+        taps = (stack.enter_context(ground.tap(TAP)),) if "net" in kinds else ()
+        vsock = stack.enter_context(ground.vsock_path()) if "vsock" in kinds else None
         machine = Machine(
             kit.kernel,
             kit.bench_initrd,
@@ -99,6 +100,7 @@ def take_turns(
             MEMORY_MIB,
             (Disk(disk, direct=True), Disk(report)),
             taps,
+            vsock,
         )
         for run in range(options.runs):
             for contender in taking_part(contenders, options):
@@ -119,7 +121,7 @@ def _one(
 
     def attempt() -> tuple[Boot, dict[str, str]]:
         ground.clear(report)
-        with ground.servers(kit) if machine.taps else contextlib.nullcontext():
+        with ground.servers(kit, machine):
             seen = boot(contender, machine)
         return seen, read_report(report)
 
