@@ -21,6 +21,7 @@ static const char *const fault_names[] = {
     [AV_FAULT_CHAIN_BYTES] = "chain-bytes",
     [AV_FAULT_ZERO_LENGTH] = "zero-length",
     [AV_FAULT_BAD_ID] = "bad-id",
+    [AV_FAULT_CHAIN_CUT] = "chain-cut",
     [AV_FAULT_REQUEST] = "request",
 };
 

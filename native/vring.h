@@ -22,6 +22,7 @@ enum av_fault {
     AV_FAULT_CHAIN_BYTES,
     AV_FAULT_ZERO_LENGTH,
     AV_FAULT_BAD_ID,
+    AV_FAULT_CHAIN_CUT,
     AV_FAULT_REQUEST
 };
 const char *av_fault_name(int fault);

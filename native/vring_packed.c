@@ -99,12 +99,16 @@ static int follow(struct av_vring *ring, struct av_desc *desc, struct av_walk *w
 {
     int left = ring->size - ring->packed.in_flight, count = 0, fault;
     uint32_t at = ring->next_avail;
+    bool wrap = ring->packed.avail_wrap;
 
     for (;;) {
         uint16_t flags = flags_of(desc->rest);
 
         if (count++ == left)
             return -AV_FAULT_CHAIN_LOOP;
+        /* Section 2.8.17: the driver makes the rest of a chain available before its first. */
+        if (!is_available(desc->rest, wrap))
+            return -AV_FAULT_CHAIN_CUT;
         if (flags & AV_DESC_INDIRECT) {
             fault = count == 1 ? add_table(ring, walk, desc) : AV_FAULT_INDIRECT_NESTED;
             return fault == AV_FAULT_NONE ? 1 : -fault;
@@ -114,8 +118,10 @@ static int follow(struct av_vring *ring, struct av_desc *desc, struct av_walk *w
             return -fault;
         if (!(flags & AV_DESC_NEXT))
             return count;
-        if (++at == ring->size)
+        if (++at == ring->size) {
             at = 0;
+            wrap = !wrap;
+        }
         *desc = av_desc_copy(ring->packed.desc, at);
     }
 }

@@ -30,6 +30,7 @@ class Lib(Protocol):
     AV_FAULT_CHAIN_BYTES: int
     AV_FAULT_ZERO_LENGTH: int
     AV_FAULT_BAD_ID: int
+    AV_FAULT_CHAIN_CUT: int
     AV_FAULT_REQUEST: int
     AV_LANE_RESTED: int
     AV_LANE_FAILED: int

@@ -73,6 +73,8 @@ def spin(native: NativeRing, count: int) -> None:
 @pytest.mark.parametrize("in_order", [0, features.IN_ORDER])
 @pytest.mark.parametrize("event_idx", [0, EVENT_IDX])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 255, 256])
+@pytest.mark.spec("2.8.12", "take up descriptors in the order of the ring")
+@pytest.mark.spec("2.8.18", "use a chain's descriptors in the order in which they became available")
 def test_random_histories_equal_the_oracles(size: int, event_idx: int, in_order: int) -> None:
     play_histories(PackedOracleRing, size, PACKED | event_idx | in_order, seeds=6, steps=250)
 
@@ -125,6 +127,7 @@ def test_2_8_10_1_any_size_up_to_the_limit_is_taken(native: NativeRing, size: in
 
 
 @pytest.mark.parametrize("native", [5], indirect=True)
+@pytest.mark.spec("2.8.18", "use a chain's descriptors in the order in which they became available")
 def test_2_8_1_a_chain_goes_on_at_the_beginning_of_the_ring(native: NativeRing) -> None:
     spin(native, 3)
     segments = [Segment(DATA_GPA + 16 * at, 16) for at in range(4)]
@@ -151,6 +154,7 @@ def test_2_8_6_the_id_is_that_of_the_last_descriptor(native: NativeRing) -> None
     assert native.take().head == 9
 
 
+@pytest.mark.spec("2.8.12", "write used descriptors in the order in which buffers are done")
 def test_2_8_6_a_used_descriptor_stands_for_its_chain(native: NativeRing) -> None:
     ids = [native.driver.offer(*[Segment(DATA_GPA, 8)] * length) for length in (3, 1, 2)]
     for chain in [native.take() for _ in ids][::-1]:
@@ -255,6 +259,18 @@ def test_a_chain_that_runs_into_one_in_flight_is_a_fault(native: NativeRing) -> 
     native.take()
     queue_of(native).offer_entries(5, *[(DATA_GPA, 8, NEXT)] * 14)
     assert native.fault_of_pop() == "chain-loop"
+
+
+@pytest.mark.parametrize("flags", [0, USED | AVAIL, USED], ids=["new", "used", "next round's"])
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.spec("2.8.15", "use no descriptor before it sees that it became available")
+def test_a_chain_of_which_a_part_is_not_available_is_a_fault(
+    native: NativeRing, at: int, flags: int
+) -> None:
+    native.driver.offer(*[Segment(DATA_GPA, 8)] * 3)
+    entry = struct.pack("<QIHH", DATA_GPA, 8, 0, flags | (NEXT if at == 1 else 0))
+    native.memory.write(RING_GPA + 16 * at, entry)
+    assert native.fault_of_pop() == "chain-cut"
 
 
 @pytest.mark.parametrize("native", [4], indirect=True)
@@ -371,6 +387,7 @@ def test_a_base_outside_the_ring_is_refused(native: NativeRing, base: int) -> No
     assert native.start(base=base) == -errno.EINVAL
 
 
+@pytest.mark.spec("6.2", "with IN_ORDER use buffers in the order in which they became available")
 def test_2_8_8_one_descriptor_speaks_for_what_was_written_wholly() -> None:
     with native_ring(8, PACKED | features.IN_ORDER) as native:
         for at in range(4):
