@@ -7,8 +7,8 @@ struct reg_byte {
     _Atomic uint8_t value;
     _Atomic uint8_t writable;
     _Atomic uint8_t watched;
-    bool reads_handed_over;
-    bool writes_handed_over;
+    _Atomic bool reads_handed_over;
+    _Atomic bool writes_handed_over;
 };
 
 struct av_regs {
@@ -84,8 +84,8 @@ void av_regs_put(struct av_regs *regs, uint32_t offset, uint32_t size, uint64_t 
 void av_regs_hand_over(struct av_regs *regs, uint32_t offset, uint32_t size, bool reads)
 {
     for (uint32_t i = 0; i < within(regs, offset, size); i++) {
-        regs->byte[offset + i].writes_handed_over = true;
-        regs->byte[offset + i].reads_handed_over = reads;
+        atomic_store(&regs->byte[offset + i].writes_handed_over, true);
+        atomic_store(&regs->byte[offset + i].reads_handed_over, reads);
     }
 }
 
@@ -109,7 +109,7 @@ bool av_regs_read(const struct av_regs *regs, uint32_t offset, uint32_t size, ui
     uint64_t value = av_regs_get(regs, offset, size);
 
     for (uint32_t i = 0; i < within(regs, offset, size); i++)
-        if (regs->byte[offset + i].reads_handed_over)
+        if (atomic_load(&regs->byte[offset + i].reads_handed_over))
             return false;
     for (uint32_t i = 0; i < size; i++)
         data[i] = (uint8_t)(value >> 8 * i);
@@ -123,7 +123,7 @@ bool av_regs_write(struct av_regs *regs, uint32_t offset, uint32_t size, const u
     for (uint32_t i = 0; i < count; i++) {
         const struct reg_byte *byte = &regs->byte[offset + i];
         uint8_t changed = (uint8_t)(merged(byte, data[i]) ^ atomic_load(&byte->value));
-        if (byte->writes_handed_over || (changed & atomic_load(&byte->watched)) != 0)
+        if (atomic_load(&byte->writes_handed_over) || (changed & atomic_load(&byte->watched)) != 0)
             return false;
     }
     for (uint32_t i = 0; i < count; i++) {

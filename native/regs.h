@@ -20,7 +20,7 @@ void av_regs_watch(struct av_regs *regs, uint32_t offset, uint32_t size, uint64_
 uint64_t av_regs_get(const struct av_regs *regs, uint32_t offset, uint32_t size);
 /* The guest's write, carried out for it: writable bits only, watched ones too. */
 void av_regs_put(struct av_regs *regs, uint32_t offset, uint32_t size, uint64_t value);
-/* Every write to these bytes is an exit to Python, and by `reads` every read. Before vCPUs run. */
+/* From now on every write to these bytes is an exit to Python, and by `reads` every read. */
 void av_regs_hand_over(struct av_regs *regs, uint32_t offset, uint32_t size, bool reads);
 void av_regs_move(struct av_regs *regs, uint64_t gpa); /* UINT64_MAX: nowhere */
 /* What a vCPU does. Whether the block is at `gpa` now; *offset: in it. */

@@ -20,12 +20,13 @@ TESTS = ROOT / "tests"
 CHAPTERS = {
     "2.1": "Device Status Field",
     "2.2": "Feature Bits",
-    "2.3": "Notifications",
     "2.4": "Device Reset",
     "2.5": "Device Configuration Space",
     "2.6": "Virtqueues",
     "2.7": "Split Virtqueues",
     "2.8": "Packed Virtqueues",
+    "2.10": "Shared Memory Regions",
+    "2.12": "Group Administration Commands",
     "3": "General Initialization and Device Operation",
     "4.1": "Virtio Over PCI Bus",
     "4.2": "Virtio Over MMIO",
@@ -96,13 +97,23 @@ def _is_mark(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.spec"
 
 
-def _demand(call: ast.Call, where: str) -> Demand:
-    values = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
-    match values:
-        case [str(section), str(must)] if not call.keywords and len(call.args) == 2:
-            if re.fullmatch(r"[1-9]\d*(\.[1-9]\d*)*", section):
+def _constants(tree: ast.Module) -> dict[str, object]:
+    """A module's names for texts."""
+    return {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _demand(call: ast.Call, constants: dict[str, object], where: str) -> Demand:
+    match [constants.get(a.id) if isinstance(a, ast.Name) else a for a in call.args]:
+        case [ast.Constant(str(section)), str(must) | ast.Constant(str(must))]:
+            if re.fullmatch(r"[1-9]\d*(\.[1-9]\d*)*", section) and not call.keywords:
                 return Demand(section, must)
-    raise Malformed(f"{where}: a spec mark has a section and a text, written out")
+    raise Malformed(f"{where}: a spec mark has a section and a text, or its name in the module")
 
 
 def marks(path: Path) -> Iterator[tuple[Demand, Test]]:
@@ -111,7 +122,7 @@ def marks(path: Path) -> Iterator[tuple[Demand, Test]]:
     if "mark.spec" not in source:
         return
     tree = ast.parse(source)
-    name = str(path.relative_to(TESTS))
+    name, constants = str(path.relative_to(TESTS)), _constants(tree)
     seen = 0
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -120,7 +131,8 @@ def marks(path: Path) -> Iterator[tuple[Demand, Test]]:
             for node in ast.walk(decorator):
                 if isinstance(node, ast.Call) and _is_mark(node.func):
                     seen += 1
-                    yield _demand(node, f"{name}:{node.lineno}"), Test(name, function.name)
+                    where = f"{name}:{node.lineno}"
+                    yield _demand(node, constants, where), Test(name, function.name)
     if seen != sum(_is_mark(node) for node in ast.walk(tree)):
         raise Malformed(f"{name}: a spec mark that decorates no function")
 

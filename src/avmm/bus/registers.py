@@ -30,7 +30,7 @@ class Registers:
         lib.av_regs_watch(self.native, offset, size, bits)
 
     def hand_over(self, offset: int, size: int, *, reads: bool) -> None:
-        """Make every write to these bytes an exit, and by `reads` every read; before vCPUs run."""
+        """From now on make every write to these bytes an exit, and by `reads` every read."""
         lib.av_regs_hand_over(self.native, offset, size, reads)
 
     def get(self, offset: int, size: int) -> int:

@@ -30,6 +30,7 @@ INTERRUPT_LINE = 0x3C
 COMMAND_MEMORY = 1 << 1
 _COMMAND_PLAIN = 1 << 2 | 1 << 6 | 1 << 8 | 1 << 10
 """Bus master, parity, SERR#, interrupt disable: kept for the driver, of no consequence here."""
+STATUS_INTERRUPT = 1 << 3
 _STATUS_CAPABILITIES = 1 << 4
 _BAR_64_BIT_MEMORY = 0b100
 _BAR_ADDRESS = 0xFFFF_FFFF_FFFF_FFF0
@@ -86,6 +87,7 @@ class Function:
         self.on_map: Callable[[], None] = lambda: None
         self.on_control: list[Callable[[], None]] = []
         self._windows: list[_Window] = []
+        self._interrupting: Callable[[], bool] | None = None
         self._capabilities: list[int] = []
         self._next = _FIRST_CAPABILITY
         define = self.registers.define
@@ -138,11 +140,21 @@ class Function:
         self.registers.hand_over(offset, size, reads=True)
         self._windows.append(_Window(offset, size, region))
 
+    def show_interrupts(self, interrupting: Callable[[], bool] | None) -> None:
+        """Let Interrupt Status be what `interrupting` says, whenever a vCPU reads it; None: 0,
+        which costs no exit. Loop."""
+        self._interrupting = interrupting
+        self.registers.hand_over(STATUS, 1, reads=interrupting is not None)
+
     def read(self, offset: int, size: int) -> int:
-        """An access to a window, or one that touches it and reads what is beside it."""
+        """An access to a window, or one that touches it and reads what is beside it; the status."""
         if window := self._window(offset, size):
             return window.region.read(offset - window.offset, size)
-        return self.registers.get(offset, size)
+        value = self.registers.get(offset, size)
+        interrupting = self._interrupting
+        if offset <= STATUS < offset + size and interrupting is not None and interrupting():
+            value |= STATUS_INTERRUPT << 8 * (STATUS - offset)
+        return value
 
     def write(self, offset: int, size: int, value: int) -> Deferred | None:
         """A write with consequences: the vCPU waits until they are there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from avmm.bus.region import Call, Deferred
-from avmm.virtio.device import VirtioDevice
+from avmm.virtio.device import ConfigSpace, VirtioDevice
 from avmm.virtio.queue import Queue
 
 _LOW = 0xFFFF_FFFF
@@ -69,7 +69,12 @@ class Transport:
 
     def read_config(self, at: int, size: int) -> int:
         """The device's configuration, bytes of any alignment; zeros past its end."""
-        return int.from_bytes(self.device.config.data[at : at + size], "little")
+        return self.config_bytes(self.device.config, at, size)
+
+    @staticmethod
+    def config_bytes(config: ConfigSpace, at: int, size: int) -> int:
+        """A field of a configuration."""
+        return int.from_bytes(config.data[at : at + size], "little")
 
     def write_config(self, at: int, size: int, value: int) -> Deferred:
         """Likewise."""

@@ -84,7 +84,8 @@ class PciTransport:
             self._vectors = Vectors(device.interrupts, len(device.queues), self.msix)
             self.common = CommonConfig(device, self._vectors)
             made.pop_all()
-        self.msix.on_enable = self._vectors.apply
+        self.common.on_status = self._show_interrupts
+        self.msix.on_enable = self._switch_vectors
         self.msix.on_refused = self.common.ignore
         self._add_capabilities()
 
@@ -138,6 +139,17 @@ class PciTransport:
         writable = b"\0\0\xff\0\0\0" + b"\xff" * 8
         at = add(VENDOR_CAPABILITY_ID, _capability(CFG_PCI, 0, 0, bytes(4)), writable)
         self.function.add_window(at + 16, 4, _ConfigAccess(self.function, at, self))
+
+    def _switch_vectors(self) -> None:
+        self._vectors.apply()
+        self._show_interrupts()
+
+    def _show_interrupts(self) -> None:
+        """Without MSI-X the function's Interrupt Status is that of the ISR status (4.1.4.5.1),
+        which only a live device sets."""
+        by_status = self.device.state.driver_ok and not self.msix.enabled
+        interrupts = self.device.interrupts
+        self.function.show_interrupts((lambda: interrupts.status != 0) if by_status else None)
 
     def _take_isr(self) -> int:
         """Reading the ISR status clears it (4.1.4.5). It tells of all that came since, on

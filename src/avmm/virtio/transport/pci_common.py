@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 from avmm.bus.region import Call, Deferred
 from avmm.bus.registers import Registers
-from avmm.virtio.device import VirtioDevice
+from avmm.virtio.device import ConfigSpace, VirtioDevice
 from avmm.virtio.state import FEATURES_OK
 from avmm.virtio.transport.base import Transport
 from avmm.virtio.transport.pci_vectors import NO_VECTOR, Vectors
@@ -38,11 +41,17 @@ class CommonConfig(Transport):
     The C loop answers what has no consequence: nearly all reads, and writes of features, queue
     sizes and addresses, which are taken over when the driver goes on. A queue costs a driver some
     twenty accesses, and four exits to Python: selectors that change, vectors, the enabling.
+
+    on_status: called on the loop after the status changed.
     """
 
     def __init__(self, device: VirtioDevice, vectors: Vectors) -> None:
         super().__init__(device)
         self._vectors = vectors
+        self.on_status: Callable[[], None] = lambda: None
+        self._seen = device.config
+        self._generation = 0
+        self._config_lock = threading.Lock()
         self.registers = Registers(COMMON_BYTES)
         self.registers.define(NUM_QUEUES, 2, len(device.queues))
         for field, size in (*_SELECTS, (CONFIG_MSIX_VECTOR, 2), (QUEUE_MSIX_VECTOR, 2)):
@@ -57,11 +66,15 @@ class CommonConfig(Transport):
     def read(self, at: int, size: int) -> int:
         """A field the C loop does not answer, or any; fields are read whole (4.1.3.1)."""
         if (at, size) == (CONFIG_GENERATION, 1):
-            return self.device.config.generation & 0xFF
+            return self._see_config()[1]
         if at >= COMMON_BYTES:
             self.ignore()
             return 0
         return self.registers.get(at, size)
+
+    def read_config(self, at: int, size: int) -> int:
+        """A field of the configuration as it is now, which counts as seen."""
+        return self.config_bytes(self._see_config()[0], at, size)
 
     def write(self, at: int, size: int, value: int) -> Deferred | None:
         """A write with consequences, or any."""
@@ -106,6 +119,19 @@ class CommonConfig(Transport):
                 self.ignore()  # a driver does not write 0 (4.1.4.3.2): a queue ends with a reset
         self._show()
 
+    def _see_config(self) -> tuple[ConfigSpace, int]:
+        """The configuration, and its generation as the driver knows it (4.1.4.3.1).
+
+        That has 8 bits. It counts only what a driver looked at, so that no number of changes
+        between two looks passes for none.
+        """
+        # Without the lock a vCPU could have new bytes while another is about to count them.
+        with self._config_lock:
+            if self.device.config is not self._seen:
+                self._seen = self.device.config
+                self._generation = (self._generation + 1) & 0xFF
+            return self._seen, self._generation
+
     def _take(self) -> None:
         """Take over what the driver has written with these selectors."""
         get, queue = self.registers.get, self.queue()
@@ -143,3 +169,4 @@ class CommonConfig(Transport):
 
     def _show_status(self, status: int) -> None:
         self.registers.define(DEVICE_STATUS, 1, status)
+        self.on_status()
