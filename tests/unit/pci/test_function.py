@@ -44,6 +44,7 @@ def plugged(cpu: Cpu, device: int = 1, size_bytes: int = 0x10000) -> tuple[Funct
     return function, bar
 
 
+@pytest.mark.spec("4.1.1", "meet the PCI specification")
 def test_the_header_says_what_it_is(cpu: Cpu) -> None:
     plugged(cpu)
     space = cpu.config(1)
@@ -60,6 +61,7 @@ def test_device_0_is_the_host_bridge(cpu: Cpu) -> None:
     assert cpu.read(cpu.config(0) + header.CLASS_CODE + 2, 1) == 0x06
 
 
+@pytest.mark.spec("4.1.1", "meet the PCI specification")
 async def test_what_is_not_there_reads_as_ones(cpu: Cpu) -> None:
     plugged(cpu)
     for gpa in (cpu.config(2), cpu.config(1) + 0x1000, cpu.config(1) + 0x100, ECAM + 0xF_FFFC):
@@ -67,6 +69,7 @@ async def test_what_is_not_there_reads_as_ones(cpu: Cpu) -> None:
         await cpu.write(gpa, 4, 0)
 
 
+@pytest.mark.spec("4.1.1", "meet the PCI specification")
 async def test_a_bar_tells_its_size_without_an_exit(cpu: Cpu) -> None:
     plugged(cpu)
     at = cpu.config(1) + header.BAR0
@@ -81,6 +84,7 @@ async def test_a_bar_tells_its_size_without_an_exit(cpu: Cpu) -> None:
     assert cpu.exits == 0
 
 
+@pytest.mark.spec("4.1.1", "meet the PCI specification")
 async def test_a_bar_answers_while_memory_is_decoded(cpu: Cpu) -> None:
     _, bar = plugged(cpu)
     moves: list[int | None] = []
@@ -95,6 +99,7 @@ async def test_a_bar_answers_while_memory_is_decoded(cpu: Cpu) -> None:
     assert moves == [LOW.gpa, None]
 
 
+@pytest.mark.spec("4.1.1", "meet the PCI specification")
 async def test_a_bar_moves_while_it_answers(cpu: Cpu) -> None:
     _, bar = plugged(cpu)
     space = cpu.config(1)
@@ -141,6 +146,7 @@ def test_a_device_number_is_given_once(cpu: Cpu) -> None:
         function.close()
 
 
+@pytest.mark.spec("4.1.1", "meet the PCI specification")
 async def test_capabilities_are_a_list_and_writable_where_they_say(cpu: Cpu) -> None:
     function, _ = plugged(cpu)
     first = function.add_capability(0x09, b"\x05abc")

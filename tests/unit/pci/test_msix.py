@@ -94,6 +94,7 @@ async def bench() -> Iterator[Bench]:  # type: ignore[misc]
     root.close()
 
 
+@pytest.mark.spec("4.1.1", "meet the PCI specification")
 async def test_the_capability_tells_of_table_and_pending_bits(bench: Bench) -> None:
     at = bench.cpu.config(1) + 0x40
     assert bench.cpu.read(at + 2, 2) == VECTORS - 1
@@ -107,6 +108,7 @@ async def test_every_entry_begins_masked(bench: Bench) -> None:
         assert [bench.cpu.read(at + o, 4) for o in (0, 4, 8, 12)] == [0, 0, 0, 1]
 
 
+@pytest.mark.spec("4.1.1", "meet the PCI specification")
 async def test_a_vector_sends_its_message_when_it_is_on_and_unmasked(bench: Bench) -> None:
     await bench.entry(2)
     assert bench.cpu.exits == 0, "nothing follows from it yet"
@@ -117,6 +119,7 @@ async def test_a_vector_sends_its_message_when_it_is_on_and_unmasked(bench: Benc
     assert bench.raised(1) is None
 
 
+@pytest.mark.spec("4.1.1", "meet the PCI specification")
 async def test_what_a_masked_vector_raised_is_pending_and_sent_later(bench: Bench) -> None:
     await bench.control(CONTROL_ENABLE)
     await bench.entry(1)
@@ -132,6 +135,7 @@ async def test_what_a_masked_vector_raised_is_pending_and_sent_later(bench: Benc
     assert bench.pending() == 0
 
 
+@pytest.mark.spec("4.1.1", "meet the PCI specification")
 async def test_one_bit_masks_all(bench: Bench) -> None:
     await bench.entry(0)
     await bench.control(CONTROL_ENABLE | CONTROL_MASK_ALL)

@@ -28,6 +28,8 @@ async def rig() -> AsyncIterator[Rig[RngDevice]]:
         assert rig.errors == []
 
 
+@pytest.mark.spec("4.2.2.1", "return 0x74726976 as MagicValue")
+@pytest.mark.spec("4.2.2.1", "return 2 as Version")
 async def test_identifies_itself(rig: Rig[RngDevice]) -> None:
     driver = rig.driver
     assert driver.read(mmio.MAGIC_VALUE) == 0x74726976
@@ -126,6 +128,7 @@ async def test_addresses_are_fixed_while_the_queue_is_ready(rig: Rig[RngDevice])
     assert (queue.desc_gpa, queue.size, rig.device.ignored) == (*before[:2], before[2] + 7)
 
 
+@pytest.mark.spec("4.2.2.1", "not touch a queue whose QueueReady is 0")
 async def test_a_queue_is_taken_away_and_offered_again(rig: Rig[RngDevice]) -> None:
     driver = rig.driver
     await driver.start()
@@ -177,6 +180,7 @@ async def test_writes_with_consequences_are_calls(rig: Rig[RngDevice], register:
     await perform(deferred)
 
 
+@pytest.mark.spec("4.2.2.1", "clear InterruptStatus and every QueueReady upon a reset")
 async def test_status_shows_a_reset_only_when_it_is_done(rig: Rig[RngDevice]) -> None:
     await rig.driver.start()
     deferred = rig.transport.write(mmio.STATUS, 4, 0)
@@ -216,6 +220,7 @@ async def test_the_configuration_reads_zero_past_its_end(rig: Rig[RngDevice]) ->
     assert driver.read(mmio.CONFIG + 0xF8, 8) == 0
 
 
+@pytest.mark.spec("4.2.2.1", "change ConfigGeneration if a driver could see an inconsistent state")
 async def test_a_new_configuration_has_a_new_generation_and_interrupts(
     rig: Rig[RngDevice],
 ) -> None:

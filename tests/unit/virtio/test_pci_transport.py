@@ -122,6 +122,7 @@ async def test_fields_read_back_what_was_written(rig: PciRig[RngDevice]) -> None
     assert driver.read(pci_common.QUEUE_ENABLE, 2) == 1
 
 
+@pytest.mark.spec("4.1.4.3.1", "present 0 as queue_size of a queue that is unavailable")
 async def test_a_queue_that_does_not_exist_has_size_0(rig: PciRig[RngDevice]) -> None:
     driver = rig.driver
     assert await driver.queue_size_max(1) == 0
@@ -188,6 +189,7 @@ async def test_a_driver_cannot_take_a_queue_away_but_by_a_reset(rig: PciRig[RngD
 
 
 @pytest.mark.parametrize("vector", [2, 1000, 0xFFFE, pci_vectors.NO_VECTOR])
+@pytest.mark.spec("4.1.5.1.2.1", "report a vector it cannot map by NO_VECTOR")
 async def test_a_vector_that_does_not_exist_reads_back_as_none(
     rig: PciRig[RngDevice], vector: int
 ) -> None:
@@ -199,6 +201,7 @@ async def test_a_vector_that_does_not_exist_reads_back_as_none(
         assert driver.read(field, 2) == pci_vectors.NO_VECTOR
 
 
+@pytest.mark.spec("4.1.5.1.2.1", "have no event mapped to a vector after a reset")
 async def test_a_reset_takes_the_vectors_back(rig: PciRig[RngDevice]) -> None:
     driver = rig.driver
     await driver.start()
@@ -223,6 +226,9 @@ async def test_the_vectors_of_queue_and_configuration_are_apart(rig: PciRig[RngD
     assert heard == [rig.transport.msix.fd(0), NO_FD]
 
 
+@pytest.mark.spec("4.1.4.5.1", "set ISR's configuration bit before it notifies of a change")
+@pytest.mark.spec("4.1.4.5.1", "without MSI-X set ISR's queue bit before it notifies of use")
+@pytest.mark.spec("4.1.4.5.1", "reset ISR status to 0 when the driver reads it")
 async def test_without_msix_the_isr_tells_and_reading_clears_it(rig: PciRig[RngDevice]) -> None:
     await rig.driver.start()
     await rig.driver.config_write(rig.driver.control, 2, 0)
@@ -282,6 +288,8 @@ async def test_a_notification_of_a_queue_that_is_off_is_ignored(rig: PciRig[RngD
     assert not rig.driver.status() & DEVICE_NEEDS_RESET
 
 
+@pytest.mark.spec("4.1.4.9.1", "read the BAR as the capability says for a read of pci_cfg_data")
+@pytest.mark.spec("4.1.4.9.1", "write the BAR as the capability says for a write of pci_cfg_data")
 async def test_the_bar_is_reached_through_configuration_space(rig: PciRig[RngDevice]) -> None:
     driver = rig.driver
     at = rig.driver.capabilities()[-1][1]
