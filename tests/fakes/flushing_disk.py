@@ -1,7 +1,8 @@
 """A program that serves a disk to a driver of its own, for tests that kill it.
 
 python -m fakes.flushing_disk IMAGE ENGINE IO_THREADS: writes generation after generation of all
-blocks, flushes, and prints the number of each that was acknowledged.
+blocks, flushes, and prints what it does: "write", "flush" and "done" with the generation's number,
+the first two when the device has them to do, the last when it has acknowledged the flush.
 """
 
 from __future__ import annotations
@@ -47,10 +48,15 @@ async def _serve(image: str, engine: str, io_threads: int) -> None:
             sectors = BLOCK_BYTES // 512
             slots = [blk.submit(OUT, i * sectors, block(generation, i)) for i in range(BLOCKS)]
             blk.kick()
+            print("write", generation, flush=True)
             await rig.driver.used(0, BLOCKS)
             assert {blk.status(slot) for slot in slots} == {OK}
-            assert await blk.request(FLUSH) == (OK, b"")
-            print(generation, flush=True)
+            slot = blk.submit(FLUSH)
+            blk.kick()
+            print("flush", generation, flush=True)
+            await rig.driver.used(0)
+            assert blk.status(slot) == OK
+            print("done", generation, flush=True)
 
 
 if __name__ == "__main__":
