@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/uio.h>
+#include <time.h>
 
 enum call {
     DESCRIPTOR = 1 << 0, /* all that makes one */
@@ -405,4 +406,36 @@ EXPORT int io_uring_submit(struct io_uring *ring)
             replace(sqe, error);
     }
     return next(ring);
+}
+
+/* --- the clock ------------------------------------------------------------------------- */
+
+static atomic_long clock_offset_s;
+
+EXPORT void failing_host_set_clock(long offset_s)
+{
+    atomic_store(&clock_offset_s, offset_s);
+}
+
+EXPORT int clock_gettime(clockid_t clock, struct timespec *now)
+{
+    static __typeof__(&clock_gettime) next;
+    int result;
+
+    if (next == NULL)
+        next = NEXT(clock_gettime);
+    result = next(clock, now);
+    if (result == 0 && clock == CLOCK_REALTIME)
+        now->tv_sec += atomic_load(&clock_offset_s);
+    return result;
+}
+
+EXPORT time_t time(time_t *out)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (out != NULL)
+        *out = now.tv_sec;
+    return now.tv_sec;
 }

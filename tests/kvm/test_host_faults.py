@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ Assemble = Callable[[str], Path]
 
 POINTS = 0 if os.environ.get("AVMM_VARIANTS") else 12
 """Of each walk; all of them on demand."""
+
+LOOPS = pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +53,46 @@ def test_a_life_that_is_refused_the_nth_call_for_all_n(
         print(f"\n{loop}, {transport}: {points} failures met, of {calls} calls", end=" ")
     assert [report["wrong"] for report in reports if report["wrong"]] == []
     assert [report["walk"] for report in reports if report["points"] == 0] == []
+
+@pytest.mark.slow
+@LOOPS
+def test_what_kvm_answers_a_vcpu_ends_one_guest_or_nothing(
+    tiny_guest: Assemble, library: Path, loop: str
+) -> None:
+    kernel = tiny_guest("putc 'x'\ninb 0x603\npoweroff")
+    ran = subprocess.run(
+        [sys.executable, "-m", "fakes.failing_run", str(kernel), loop],
+        capture_output=True,
+        text=True,
+        env=failing_host.environment(library),
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.slow
+@LOOPS
+def test_signals_stops_and_jumps_of_the_clock_disturb_no_life(
+    tiny_guest: Assemble, tmp_path: Path, library: Path, loop: str
+) -> None:
+    kernel = tiny_guest("putc 'x'\n1: inb 0x603\ntest $1, %al\njz 1b\npoweroff")
+    with subprocess.Popen(
+        [sys.executable, "-m", "fakes.disturbed", str(kernel), loop, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=failing_host.environment(library),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        steps = 0
+        for _ in process.stdout:
+            steps += 1
+            process.send_signal(signal.SIGSTOP)
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):
+                process.returncode = os.waitstatus_to_exitcode(status)
+                break
+            process.send_signal(signal.SIGCONT)
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors
+    assert steps > 10
