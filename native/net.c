@@ -207,6 +207,13 @@ void av_net_stop(struct av_net *net)
     rx->starved = false;
 }
 
+void av_net_lose_link(struct av_net *net, int error)
+{
+    net->error = error;
+    net->link_up = false;
+    av_lane_news(&net->lane);
+}
+
 void av_net_set_link(struct av_net *net, int up)
 {
     av_lane_lock(&net->lane);

@@ -76,6 +76,8 @@ struct av_net {
 
 /* Whether a frame that begins with these bytes is for the guest. */
 bool av_net_wanted(const struct av_net_filter *filter, const uint8_t *frame);
+/* The TAP failed: the cable is out until it is plugged in again. */
+void av_net_lose_link(struct av_net *net, int error);
 /* Move packets, a bounded number. 1 more to do, 0, or -EPROTO. Transmitting shows the driver what
  * went, and leaves its interrupt to av_net_flush_tx(). */
 int av_net_receive(struct av_net *net);

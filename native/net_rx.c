@@ -262,10 +262,7 @@ int av_net_receive(struct av_net *net)
     rx->readable = false;
     if (result == -EPROTO)
         return result;
-    if (result != -EAGAIN) {
-        net->error = -result;
-        net->link_up = false;
-        av_lane_news(&net->lane);
-    }
+    if (result != -EAGAIN)
+        av_net_lose_link(net, -result);
     return 0;
 }

@@ -34,6 +34,10 @@ static int send_one(struct av_net *net, const struct av_chain *chain)
         sent = send_packet(net, chain);
         if (sent < 0 && errno == EAGAIN)
             return -EAGAIN;
+        /* Somebody removed the TAP. Nothing is read while the guest offers no buffers, so this may
+         * be the first to tell. */
+        if (sent < 0 && errno == EBADFD)
+            av_net_lose_link(net, EBADFD);
     }
     if (sent < 0) {
         /* The header is the guest's, and the TAP refuses what makes no sense; or there is no
