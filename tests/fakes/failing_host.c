@@ -18,6 +18,7 @@
 #include <sys/epoll.h>
 #include <sys/uio.h>
 #include <time.h>
+#include <unistd.h>
 
 enum call {
     DESCRIPTOR = 1 << 0, /* all that makes one */
@@ -31,6 +32,8 @@ enum call {
     WRITE = 1 << 8,
     SYNC = 1 << 9,
     ALLOCATE = 1 << 10, /* fallocate() */
+    SEND = 1 << 11,     /* a frame to a TAP */
+    RECEIVE = 1 << 12,
 };
 
 /* What comes back of a transfer instead of an error. */
@@ -346,6 +349,27 @@ int fdatasync(int fd);
 PLAIN(SYNC, int, fdatasync, (int fd), (fd))
 PLAIN(ALLOCATE, int, fallocate, (int fd, int mode, off_t offset, off_t length),
       (fd, mode, offset, length))
+
+/* Frames; what is smaller is an eventfd's. */
+#define FRAME_MIN_BYTES 14u
+
+#define FRAME(call, name, declared, passed, bytes)                                                 \
+    EXPORT ssize_t name declared                                                                   \
+    {                                                                                              \
+        static __typeof__(&name) next;                                                             \
+                                                                                                   \
+        if (next == NULL)                                                                          \
+            next = NEXT(name);                                                                     \
+        FAIL_IF(armed(call) && OURS && (bytes) >= FRAME_MIN_BYTES ? refused() : 0, -1);            \
+        return next passed;                                                                        \
+    }
+
+FRAME(SEND, write, (int fd, const void *data, size_t size), (fd, data, size), size)
+FRAME(SEND, writev, (int fd, const struct iovec *iov, int count), (fd, iov, count),
+      FRAME_MIN_BYTES)
+FRAME(RECEIVE, read, (int fd, void *data, size_t size), (fd, data, size), size)
+FRAME(RECEIVE, readv, (int fd, const struct iovec *iov, int count), (fd, iov, count),
+      FRAME_MIN_BYTES)
 
 static enum call call_of(const struct io_uring_sqe *sqe)
 {

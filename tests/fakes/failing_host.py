@@ -30,6 +30,8 @@ class Calls(enum.IntFlag):
     WRITE = 1 << 8
     SYNC = 1 << 9
     ALLOCATE = 1 << 10
+    SEND = 1 << 11
+    RECEIVE = 1 << 12
 
 
 SHORT = 0x10000

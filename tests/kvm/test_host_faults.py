@@ -22,17 +22,12 @@ POINTS = 0 if os.environ.get("AVMM_VARIANTS") else 12
 LOOPS = pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return failing_host.build(tmp_path_factory.mktemp("failing_host"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("loop", "transport"), [("uvloop", "pci"), ("asyncio", "mmio")])
 def test_a_life_that_is_refused_the_nth_call_for_all_n(
     tiny_guest: Assemble,
     tmp_path: Path,
-    library: Path,
+    failing_host_library: Path,
     capsys: pytest.CaptureFixture[str],
     loop: str,
     transport: str,
@@ -44,7 +39,7 @@ def test_a_life_that_is_refused_the_nth_call_for_all_n(
         [sys.executable, "-m", "fakes.failing_start", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=failing_host.environment(library),
+        env=failing_host.environment(failing_host_library),
     )
     reports = [json.loads(line) for line in walked.stdout.splitlines()]
     assert walked.returncode == 0, walked.stderr
@@ -57,14 +52,14 @@ def test_a_life_that_is_refused_the_nth_call_for_all_n(
 @pytest.mark.slow
 @LOOPS
 def test_what_kvm_answers_a_vcpu_ends_one_guest_or_nothing(
-    tiny_guest: Assemble, library: Path, loop: str
+    tiny_guest: Assemble, failing_host_library: Path, loop: str
 ) -> None:
     kernel = tiny_guest("putc 'x'\ninb 0x603\npoweroff")
     ran = subprocess.run(
         [sys.executable, "-m", "fakes.failing_run", str(kernel), loop],
         capture_output=True,
         text=True,
-        env=failing_host.environment(library),
+        env=failing_host.environment(failing_host_library),
     )
     assert ran.returncode == 0, ran.stderr
 
@@ -72,7 +67,7 @@ def test_what_kvm_answers_a_vcpu_ends_one_guest_or_nothing(
 @pytest.mark.slow
 @LOOPS
 def test_signals_stops_and_jumps_of_the_clock_disturb_no_life(
-    tiny_guest: Assemble, tmp_path: Path, library: Path, loop: str
+    tiny_guest: Assemble, tmp_path: Path, failing_host_library: Path, loop: str
 ) -> None:
     kernel = tiny_guest("putc 'x'\n1: inb 0x603\ntest $1, %al\njz 1b\npoweroff")
     with subprocess.Popen(
@@ -80,7 +75,7 @@ def test_signals_stops_and_jumps_of_the_clock_disturb_no_life(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=failing_host.environment(library),
+        env=failing_host.environment(failing_host_library),
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -27,11 +27,6 @@ INJECTS_SINCE = (6, 10)
 """The Linux whose io_uring can be told what result to give."""
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return failing_host.build(tmp_path_factory.mktemp("failing_host"))
-
-
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.img"
@@ -62,13 +57,13 @@ def run(command: list[str], environment: dict[str, str]) -> None:
 @ENGINES
 @HOMES
 def test_every_error_of_the_host_becomes_what_it_should(
-    image: Path, library: Path, engine: str, io_threads: int
+    image: Path, failing_host_library: Path, engine: str, io_threads: int
 ) -> None:
     release = tuple(int(part) for part in platform.release().split(".")[:2])
     if engine == "io_uring" and release < INJECTS_SINCE:
         pytest.skip("this kernel's io_uring cannot be made to fail")
     command = [sys.executable, "-m", "fakes.failing_disk", str(image), engine, str(io_threads)]
-    run(command, failing_host.environment(library))
+    run(command, failing_host.environment(failing_host_library))
 
 
 @pytest.mark.slow
