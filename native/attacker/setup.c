@@ -59,6 +59,7 @@ static void places(struct target *target)
     struct ring *ring = attacked_ring(target);
     struct place place, sound;
 
+    device_reset(&target->device); /* or the ring that is cleared would be one in use */
     ring_clear(ring, &target->device, target->attacked, target->packed,
                &memory.ring[target->attacked]);
     sound = ring_place(ring);
