@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import avmm
 from linux.doc_blocks import Chapter, chapters, run_chapter
 from linux.guest import Assets
 
@@ -25,6 +28,11 @@ def test_every_block_does_what_it_says(
     monkeypatch.chdir(tmp_path)
     Path("vmlinux").symlink_to(assets.kernel("cloud", "vmlinux"))
     Path("initrd.img").symlink_to(assets.initrd("cloud"))
+    # pytest rewrites the modules of a plugin's package as they are imported, by trees that Python
+    # 3.11.2 cannot make in two threads at once.
+    for module in pkgutil.walk_packages(avmm.__path__, "avmm."):
+        if module.name != "avmm.__main__":
+            importlib.import_module(module.name)
     found = sorted(chapters(DOCUMENT), key=lambda chapter: -len(chapter.blocks))
     with ThreadPoolExecutor(AT_ONCE) as pool:
         runs = {chapter.title: pool.submit(run, chapter) for chapter in found}
