@@ -16,15 +16,22 @@
 #define RUN_BYTES (1u << 20)
 #define SETTLE_ROUNDS 4u
 
-/* Take one chain; 1 taken, 0 none or no free slot, -EPROTO. bytes: adds those of its data. */
+/* Whether one more request may be in flight. */
+static bool has_room(const struct av_blk *blk)
+{
+    return blk->free != NULL && blk->copied_bytes < blk->config.copy_max_bytes;
+}
+
+/* Take one chain; 1 taken, 0 none or no room, -EPROTO. bytes: adds those that are transferred. */
 static int take(struct av_blk *blk, uint64_t *bytes)
 {
     struct av_blk_slot *slot = blk->free;
     struct av_chain chain;
+    uint32_t transferred;
     uint8_t status;
     int result, fault;
 
-    if (slot == NULL || !blk->lane.taking || !av_throttle_admits(&blk->throttle, blk->ring))
+    if (!has_room(blk) || !blk->lane.taking || !av_throttle_admits(&blk->throttle, blk->ring))
         return 0;
     result = av_vring_pop(blk->ring, &chain, slot->iov, blk->iov_max);
     if (result <= 0)
@@ -44,8 +51,9 @@ static int take(struct av_blk *blk, uint64_t *bytes)
         blk->in_flight--;
         return -EPROTO;
     }
-    *bytes += slot->req.data_bytes;
-    av_throttle_charge(&blk->throttle, 1, slot->req.data_bytes);
+    transferred = status == AV_BLK_S_OK ? av_blk_req_transfers(&slot->req) : 0;
+    *bytes += transferred;
+    av_throttle_charge(&blk->throttle, 1, transferred);
     if (status != AV_BLK_S_OK)
         av_blk_finish(blk, slot, status);
     else
@@ -53,10 +61,10 @@ static int take(struct av_blk *blk, uint64_t *bytes)
     return 1;
 }
 
-/* Whether chains may be taken, as far as is known, and there is a slot for one. */
+/* Whether chains may be taken, as far as is known, and there is room for one. */
 static bool can_take(const struct av_blk *blk)
 {
-    return blk->lane.taking && blk->free != NULL && !blk->throttle.waiting;
+    return blk->lane.taking && has_room(blk) && !blk->throttle.waiting;
 }
 
 /* Submit what is queued and complete what is done. A request may need one operation after the
@@ -162,7 +170,7 @@ static int blk_run(struct av_lane *lane, uint32_t ready)
         return 1;
     if (more < 0)
         return more;
-    /* Chains that waited for a slot may have one by now. */
+    /* Chains that waited for room may have it by now. */
     return can_take(blk) && (more || av_vring_pending(blk->ring));
 }
 
@@ -171,7 +179,7 @@ static bool blk_arm(struct av_lane *lane)
     struct av_blk *blk = of(lane);
     bool more = blk->engine->ops->arm(blk->engine);
 
-    /* Without a free slot the next completion goes on with the ring, not a kick. */
+    /* Without room the next completion goes on with the ring, not a kick. */
     if (can_take(blk) && !av_holds(&blk->hold))
         more |= av_vring_kicks_on(blk->ring) != 0;
     return more;

@@ -10,6 +10,8 @@
 #include "vring.h"
 
 #define AV_BLK_WORKERS_MAX 4
+/* How much of one request is copied at a time: what is longer is done in pieces. */
+#define AV_BLK_COPY_BYTES (4u << 20)
 
 /* cdef begin */
 enum av_blk_engine_kind { AV_BLK_IO_URING, AV_BLK_THREADS, AV_BLK_LOOP };
@@ -24,6 +26,8 @@ enum av_blk_op_kind {
 
 /* fd is borrowed; -1 for AV_BLK_LOOP. alignment_bytes: what direct I/O needs of memory, offset and length; else 1.
  * depth: requests in flight at most, a power of two. seg_max: data segments of a request.
+ * copies: data is copied on its way, by the disk itself if not for its alignment. copy_max_bytes:
+ * as long as so much is under way, no request is taken.
  * lost: shared by the queues of a disk behind a page cache, borrowed; NULL: it is not. The errno of
  * a sync that failed, 0 before: what was not written is forgotten then, a later sync says that all
  * is well, so from there on none is acknowledged. Its lane has news when it is set. */
@@ -39,6 +43,8 @@ struct av_blk_config {
     uint32_t engine;
     uint32_t workers; /* threads of AV_BLK_THREADS, 1 to AV_BLK_WORKERS_MAX */
     uint32_t alignment_bytes;
+    uint8_t copies;
+    uint64_t copy_max_bytes;
     int *lost;
     char id[20]; /* padded with zeroes */
 };
@@ -70,7 +76,8 @@ struct av_lane *av_blk_lane(struct av_blk *blk); /* kick 0: the ring's */
 int av_blk_pin(struct av_blk *blk, const struct av_gmem *mem);
 void av_blk_unpin(struct av_blk *blk);
 /* Obey it from now on; borrowed. Nothing when it does already. 0 or -errno. Requests count with
- * the bytes that they read or write, those written as zeroes among them. */
+ * the bytes that they read or write, those written as zeroes among them; with none if they fail
+ * their checks. */
 int av_blk_limit(struct av_blk *blk, struct av_limiter *limiter);
 void av_blk_set_writeback(struct av_blk *blk, int writeback);
 void av_blk_set_capacity(struct av_blk *blk, uint64_t sectors);

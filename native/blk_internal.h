@@ -20,6 +20,8 @@ struct av_blk_slot {
     struct av_blk_slot *next_free;
     uint8_t *bounce;
     uint32_t done; /* bytes of data moved */
+    uint32_t copied_bytes; /* at a time, until it is finished; 0: none */
+    uint32_t cut_bytes;    /* kept from the last segment of the operation under way */
     uint32_t tries; /* of the operation under way, in vain */
     uint16_t head;
     uint32_t range;  /* of a discard or write-zeroes: which one is under way */
@@ -36,6 +38,7 @@ struct av_blk {
     struct av_blk_engine *engine;
     uint32_t iov_max;
     uint32_t in_flight;
+    uint64_t copied_bytes; /* of those in flight together */
     uint32_t queued;   /* operations handed to the engine since its last submit */
     uint32_t finished; /* requests since the driver's last interrupt was due */
     struct av_hold hold;

@@ -5,9 +5,10 @@
 #include <string.h>
 
 #define ZEROES_BYTES 65536u
+#define ZEROES_ALIGNMENT 4096u /* what every file with direct I/O is content with */
 #define TRIES_MAX 1000u /* of an operation that the host interrupts */
 
-static uint8_t zeroes[ZEROES_BYTES]; /* never written to */
+static _Alignas(ZEROES_ALIGNMENT) uint8_t zeroes[ZEROES_BYTES]; /* never written to */
 
 void av_blk_finish(struct av_blk *blk, struct av_blk_slot *slot, uint8_t status)
 {
@@ -23,6 +24,8 @@ void av_blk_finish(struct av_blk *blk, struct av_blk_slot *slot, uint8_t status)
         free(slot->bounce);
         slot->bounce = NULL;
     }
+    blk->copied_bytes -= slot->copied_bytes;
+    slot->copied_bytes = 0;
     *slot->req.status = status;
     av_vring_push(blk->ring, slot->head, written);
     blk->finished++;
@@ -90,50 +93,102 @@ static bool aligned(const struct av_blk *blk, const struct av_blk_req *req)
     return bits % blk->config.alignment_bytes == 0;
 }
 
-static void copy_iov(const struct av_blk_req *req, uint8_t *bounce, bool to_guest)
+/* Between the first `bytes` of what is left of the guest's data and a buffer. */
+static void copy_data(const struct av_blk_req *req, uint8_t *buffer, uint32_t bytes, bool to_guest)
 {
-    for (uint32_t i = 0; i < req->data_count; i++) {
+    for (const struct iovec *iov = req->data; bytes != 0; iov++) {
+        uint32_t piece = iov->iov_len < bytes ? (uint32_t)iov->iov_len : bytes;
+
         if (to_guest)
-            memcpy(req->data[i].iov_base, bounce, req->data[i].iov_len);
+            memcpy(iov->iov_base, buffer, piece);
         else
-            memcpy(bounce, req->data[i].iov_base, req->data[i].iov_len);
-        bounce += req->data[i].iov_len;
+            memcpy(buffer, iov->iov_base, piece);
+        buffer += piece;
+        bytes -= piece;
     }
 }
 
-/* Direct I/O wants aligned memory, and guests may offer any: go through a buffer of our own. */
-static bool set_bounce(struct av_blk *blk, struct av_blk_slot *slot)
+/* The first `bytes` of what is left have been moved. */
+static void advance(struct av_blk_req *req, uint32_t bytes)
+{
+    while (req->data_count != 0 && bytes >= req->data->iov_len) {
+        bytes -= (uint32_t)req->data->iov_len;
+        req->data++;
+        req->data_count--;
+    }
+    if (req->data_count != 0) {
+        req->data->iov_base = (uint8_t *)req->data->iov_base + bytes;
+        req->data->iov_len -= bytes;
+    }
+}
+
+/* Let the operation have the first `bytes` of what is left of the guest's data. */
+static void give_piece(struct av_blk_slot *slot, uint32_t bytes)
+{
+    struct iovec *iov = slot->req.data;
+
+    slot->op.iov = iov;
+    while (bytes > iov->iov_len) {
+        bytes -= (uint32_t)iov->iov_len;
+        iov++;
+    }
+    slot->cut_bytes = (uint32_t)iov->iov_len - bytes;
+    slot->op.iov_count = (uint32_t)(iov - slot->op.iov) + 1;
+    iov->iov_len = bytes;
+}
+
+/* Take it back. */
+static void take_piece(struct av_blk_slot *slot)
+{
+    if (slot->bounce == NULL)
+        slot->req.data[slot->op.iov_count - 1].iov_len += slot->cut_bytes;
+}
+
+/* What is left of a transfer, or as much of it as may be copied at a time. */
+static void start_piece(struct av_blk *blk, struct av_blk_slot *slot)
 {
     struct av_blk_req *req = &slot->req;
+    uint32_t bytes = req->data_bytes - slot->done;
+    bool is_read = req->type == AV_BLK_T_IN;
 
-    if (posix_memalign((void **)&slot->bounce, blk->config.alignment_bytes, req->data_bytes) != 0) {
-        slot->bounce = NULL;
-        return false;
+    if (slot->copied_bytes != 0 && bytes > slot->copied_bytes)
+        bytes = slot->copied_bytes;
+    if (slot->bounce != NULL) {
+        if (!is_read)
+            copy_data(req, slot->bounce, bytes, false);
+        slot->bounce_iov = (struct iovec){ .iov_base = slot->bounce, .iov_len = bytes };
+        slot->op.iov = &slot->bounce_iov;
+        slot->op.iov_count = 1;
+    } else {
+        give_piece(slot, bytes);
     }
-    blk->stats.bounced++;
-    if (req->type == AV_BLK_T_OUT)
-        copy_iov(req, slot->bounce, false);
-    slot->bounce_iov = (struct iovec){ .iov_base = slot->bounce, .iov_len = req->data_bytes };
-    return true;
+    slot->op.offset = req->sector * AV_BLK_SECTOR_BYTES + slot->done;
+    slot->op.length = bytes;
+    start(blk, slot, is_read ? AV_BLK_OP_READ : AV_BLK_OP_WRITE);
 }
 
 static void start_transfer(struct av_blk *blk, struct av_blk_slot *slot)
 {
-    struct av_blk_req *req = &slot->req;
+    uint32_t alignment_bytes = blk->config.alignment_bytes;
+    bool bounces = alignment_bytes > 1 && !aligned(blk, &slot->req);
 
-    slot->op.iov = req->data;
-    slot->op.iov_count = req->data_count;
-    if (blk->config.alignment_bytes > 1 && !aligned(blk, req)) {
-        if (!set_bounce(blk, slot)) {
+    if (bounces || blk->config.copies) {
+        /* All descriptors of a chain may name the same memory, and all chains of a queue too. */
+        slot->copied_bytes = slot->req.data_bytes;
+        if (slot->copied_bytes > AV_BLK_COPY_BYTES)
+            slot->copied_bytes = AV_BLK_COPY_BYTES;
+        blk->copied_bytes += slot->copied_bytes;
+    }
+    /* Direct I/O wants aligned memory, and guests may offer any: go through a buffer of our own. */
+    if (bounces) {
+        if (posix_memalign((void **)&slot->bounce, alignment_bytes, slot->copied_bytes) != 0) {
+            slot->bounce = NULL;
             av_blk_finish(blk, slot, AV_BLK_S_IOERR);
             return;
         }
-        slot->op.iov = &slot->bounce_iov;
-        slot->op.iov_count = 1;
+        blk->stats.bounced++;
     }
-    slot->op.offset = req->sector * AV_BLK_SECTOR_BYTES;
-    slot->op.length = req->data_bytes;
-    start(blk, slot, req->type == AV_BLK_T_IN ? AV_BLK_OP_READ : AV_BLK_OP_WRITE);
+    start_piece(blk, slot);
 }
 
 /* The present range of a discard or write-zeroes, or the end of the request. */
@@ -205,41 +260,25 @@ static void range_done(struct av_blk *blk, struct av_blk_slot *slot)
     start_range(blk, slot);
 }
 
-/* What is left of a transfer that the host did in part. */
-static void start_rest(struct av_blk *blk, struct av_blk_slot *slot, uint32_t moved)
-{
-    struct iovec *iov = (struct iovec *)slot->op.iov;
-
-    slot->op.offset += moved;
-    slot->op.length -= moved;
-    while (moved >= iov->iov_len) {
-        moved -= (uint32_t)iov->iov_len;
-        iov++;
-        slot->op.iov_count--;
-    }
-    iov->iov_base = (uint8_t *)iov->iov_base + moved;
-    iov->iov_len -= moved;
-    slot->op.iov = iov;
-    start(blk, slot, slot->op.kind);
-}
-
 static void transfer_done(struct av_blk *blk, struct av_blk_slot *slot)
 {
     int64_t result = slot->op.result;
 
+    take_piece(slot);
     if (result <= 0) { /* 0: the file ends before the disk does */
         av_blk_finish(blk, slot, result == 0 ? AV_BLK_S_IOERR : status_of(result));
         return;
     }
+    if (slot->bounce != NULL && slot->req.type == AV_BLK_T_IN)
+        copy_data(&slot->req, slot->bounce, (uint32_t)result, true);
     slot->done += (uint32_t)result;
     if (slot->done < slot->req.data_bytes) {
-        start_rest(blk, slot, (uint32_t)result);
+        advance(&slot->req, (uint32_t)result);
+        start_piece(blk, slot);
         return;
     }
     if (slot->req.type == AV_BLK_T_IN) {
         blk->stats.read_bytes += slot->done;
-        if (slot->bounce != NULL)
-            copy_iov(&slot->req, slot->bounce, true);
     } else {
         blk->stats.write_bytes += slot->done;
         if (!blk->config.writeback) {

@@ -55,4 +55,10 @@ struct av_blk_req {
 int av_blk_req_parse(struct av_chain *chain, const struct av_blk_limits *limits,
                      struct av_blk_req *out, uint8_t *status);
 
+/* Bytes that performing it moves between guest and disk. */
+static inline uint32_t av_blk_req_transfers(const struct av_blk_req *req)
+{
+    return req->type == AV_BLK_T_IN || req->type == AV_BLK_T_OUT ? req->data_bytes : 0;
+}
+
 #endif

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from avmm.errors import ConfigError
 from avmm.units import KIB
 from avmm.virtio import features
 from avmm.virtio.devices.blk import BlkDevice, Disk, build
@@ -216,11 +217,18 @@ CASES: tuple[Case, ...] = (
     room_that_cannot_be_given_back_is_an_error,
     without_fallocate_zeroes_are_written,
 )
+DIRECT_CASES: tuple[Case, ...] = (
+    one_of_many_writes_fails_and_the_others_are_in_the_file,
+    without_fallocate_zeroes_are_written,
+)
+"""Of a disk without a page cache as well."""
 
 
 @asynccontextmanager
-async def bench_of(image: Path, engine: str, io_threads: int) -> AsyncIterator[Bench]:
-    disk = Disk(str(image), engine=engine)  # type: ignore[arg-type]
+async def bench_of(
+    image: Path, engine: str, io_threads: int, *, direct: bool = False
+) -> AsyncIterator[Bench]:
+    disk = Disk(str(image), engine=engine, direct=direct)  # type: ignore[arg-type]
     async with virtio_rig(
         lambda context: build(disk, context), io_threads=io_threads, cpus=2
     ) as rig:
@@ -237,7 +245,18 @@ async def main(image: str, engine: str, io_threads: int, cases: tuple[Case, ...]
         print(case.__name__)
 
 
+async def main_direct(image: str, engine: str, io_threads: int) -> None:
+    for case in DIRECT_CASES:
+        try:
+            async with bench_of(Path(image), engine, io_threads, direct=True) as bench:
+                await case(bench)
+        except ConfigError as e:
+            print(e)
+
+
 if __name__ == "__main__":
     _, image, engine, io_threads, *full = sys.argv
     cases = (a_full_file_system_takes_no_more_and_keeps_what_it_has,) if full else CASES
     asyncio.run(main(image, engine, int(io_threads), cases))
+    if not full:
+        asyncio.run(main_direct(image, engine, int(io_threads)))

@@ -48,6 +48,8 @@ class RawDisk:
     size_bytes: a multiple of 512. alignment_bytes: what direct I/O needs, 1 without it.
     """
 
+    copies = False
+
     def __init__(self, fd: int, path: str, *, read_only: bool, direct: bool) -> None:
         self.fd = fd
         self.path = path

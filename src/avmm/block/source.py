@@ -19,10 +19,11 @@ class BlockSource(Protocol):
 
     Offsets and sizes are in bytes, multiples of 512, within `size`. Many calls are under way at
     once, and may return in any order; the guest knows that, and waits where the order matters. A
-    call that hangs holds up its own request only. On a reset of the device, or when the machine
-    stops, calls still under way are cancelled, and their requests are over when that is done; one
-    that goes on for 5 seconds after it was cancelled is given up, with an error in the log. A
-    pause of the machine waits for the calls under way.
+    call that hangs holds up its own request only. A request of more than 4 MiB is several calls,
+    one after the other, and calls for no more than 64 MiB and one request are under way. On a reset
+    of the device, or when the machine stops, calls still under way are cancelled, and their
+    requests are over when that is done; one that goes on for 5 seconds after it was cancelled is
+    given up, with an error in the log. A pause of the machine waits for the calls under way.
 
     What a call raises becomes the guest's error: OSError and everything else an I/O error, with a
     line in the log; NotImplementedError "unsupported".
@@ -152,6 +153,7 @@ class SourceDisk:
 
     fd = -1
     alignment_bytes = 1
+    copies = True
 
     def __init__(self, source: AnySource, *, read_only: bool) -> None:
         self.source = source

@@ -24,7 +24,8 @@ class RateLimit(Checked, frozen=True):
     Each limit is a token bucket: it fills at its rate up to its burst, and requests are begun as
     long as it is not empty. The bytes of a request may be more than there are in it. They are owed
     then, and the next request waits until that is paid. So requests of any size pass, and what is
-    begun in t seconds is at most burst + rate * t and one request more.
+    begun in t seconds is at most burst + rate * t and one request more. A request that is refused
+    counts as one, with no bytes.
 
     A burst below a few milliseconds' worth of its rate costs some of the rate: the bucket is full
     before anybody comes to empty it.

@@ -242,6 +242,42 @@ async def test_direct_takes_memory_that_is_not_aligned(plugged: Plugged, image: 
     assert read == contents(image)[:block_bytes]
 
 
+async def test_of_a_large_request_only_a_part_is_held_aligned(image: Path) -> None:
+    """Which names the same page again and again."""
+    os.truncate(image, 64 * MIB)
+    with image.open("r+b") as file:
+        file.seek(60 * MIB - 4 * KIB)
+        file.write(b"e" * 4 * KIB)
+    disk = Disk(str(image), direct=True)
+    try:
+        async with virtio_rig(lambda context: build(disk, context)) as rig:
+            await rig.driver.start()
+            before = peak_kib(reset=True)
+            rig.memory.write(DATA_GPA, struct.pack("<IIQ", IN, 0, 0))
+            rig.driver.queues[0].offer(
+                Segment(DATA_GPA, 16),
+                *[Segment(DATA_GPA + 0x1003, 2 * MIB, writable=True)] * 30,
+                Segment(DATA_GPA + 0x100, 1, writable=True),
+            )
+            rig.driver.kick(0)
+            await rig.driver.used(0)
+            assert rig.memory.read(DATA_GPA + 0x100, 1) == bytes([OK])
+            last = rig.memory.read(DATA_GPA + 0x1003 + 2 * MIB - 8 * KIB, 8 * KIB)
+            assert last == bytes(4 * KIB) + b"e" * 4 * KIB
+            assert rig.device.statistics().counters["bounced"] == 1
+            assert peak_kib() - before < 16 * KIB
+    except ConfigError as e:
+        pytest.skip(str(e))
+
+
+def peak_kib(*, reset: bool = False) -> int:
+    """The most memory that this process has had since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
 async def test_pinned_memory_takes_every_shape_of_transfer(plugged: Plugged, image: Path) -> None:
     fill(image, os.urandom(SIZE_BYTES))
     before = contents(image)

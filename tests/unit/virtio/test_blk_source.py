@@ -241,6 +241,91 @@ async def test_a_request_beyond_the_end_never_reaches_the_object() -> None:
     assert source.calls == []
 
 
+def offer_again_and_again(
+    rig: Rig[SourceBlkDevice], kind: int, sizes: Sequence[int], at: int = DATA_GPA + 0x1000
+) -> None:
+    """A request from sector 0 on, whose segments all begin at the same byte; it is kicked."""
+    rig.memory.write(DATA_GPA, struct.pack("<IIQ", kind, 0, 0))
+    rig.driver.queues[0].offer(
+        Segment(DATA_GPA, 16),
+        *(Segment(at, size, writable=kind == IN) for size in sizes),
+        Segment(DATA_GPA + 0x100, 1, writable=True),
+    )
+    rig.driver.kick(0)
+
+
+class LargeDisk(PlainDisk):
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 8 * MIB
+        self.data = bytearray(self.size)
+
+
+class LargeViews(LargeDisk):
+    """The same by views."""
+
+    async def read_into(self, offset: int, views: Sequence[memoryview]) -> None:
+        at = offset
+        for view in views:
+            view[:] = self.data[at : at + len(view)]
+            at += len(view)
+        self.calls.append(("read", offset, at - offset))
+
+    async def write_from(self, offset: int, views: Sequence[memoryview]) -> None:
+        await self.write(offset, b"".join(views))
+
+
+@pytest.mark.parametrize("make", [LargeDisk, LargeViews])
+async def test_a_request_larger_than_may_be_copied_is_done_in_pieces(make: Any) -> None:
+    source, data = make(), os.urandom(MIB)
+    cuts = [MIB - 512, 1000, 2 * MIB - 488, *[MIB] * 2]
+    async with plugged(source) as (rig, _):
+        rig.memory.write(DATA_GPA + 0x1000, data * 2)
+        offer_again_and_again(rig, OUT, cuts)
+        await rig.driver.used(0)
+        assert rig.memory.read(DATA_GPA + 0x100, 1) == bytes([OK])
+        expected = b"".join((data * 2)[:size] for size in cuts)
+        assert source.data[: len(expected)] == expected
+        assert [call[2] for call in source.calls] == [4 * MIB, MIB]
+        source.calls.clear()
+        source.data[3 * MIB : 6 * MIB] = os.urandom(3 * MIB)
+        cuts = [2 * MIB + 100, 2 * MIB + 412]
+        offer_again_and_again(rig, IN, cuts)
+        ((_, written),) = await rig.driver.used(0)
+        assert (rig.memory.read(DATA_GPA + 0x100, 1), written) == (bytes([OK]), sum(cuts) + 1)
+        assert source.calls == [("read", 0, 4 * MIB), ("read", 4 * MIB, 512)]
+        begin = cuts[0]
+        assert rig.memory.read(DATA_GPA + 0x1000, cuts[1]) == source.data[begin : begin + cuts[1]]
+
+
+async def test_what_is_copied_at_a_time_is_bounded_for_all_requests_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("avmm.virtio.devices.blk._COPY_MAX_BYTES", 8 * MIB)
+    gate = asyncio.Event()
+
+    class Waiting(LargeDisk):
+        under_way = most = 0
+
+        async def write(self, offset: int, data: bytes) -> None:
+            self.under_way += len(data)
+            self.most = max(self.most, self.under_way)
+            await gate.wait()
+            self.under_way -= len(data)
+
+    source = Waiting()
+    async with plugged(source) as (rig, blk):
+        for _ in range(4):
+            offer_again_and_again(rig, OUT, [MIB] * 7)
+        await eventually(lambda: source.under_way == 8 * MIB)
+        await settle()
+        gate.set()
+        await rig.driver.used(0, 4)
+        assert source.most == 8 * MIB
+        assert rig.device.statistics().counters["write_bytes"] == 28 * MIB
+        assert await blk.request(OUT, 0, bytes(512)) == (OK, b"")
+
+
 async def test_trim_and_zeroes_reach_an_object_that_has_discard() -> None:
     source = DurableDisk()
     source.data[:] = b"x" * SIZE_BYTES

@@ -27,7 +27,17 @@ from avmm.virtio.devtype import DeviceContext
 from avmm.virtio.interrupt import Interrupts
 from avmm.virtio.limit import RateLimit
 from avmm.virtio.transport.mmio import MmioTransport
-from fakes.blk_driver import FLUSH, IN, OK, OUT, WRITE_ZEROES, BlkDriver
+from fakes.blk_driver import (
+    FLUSH,
+    GET_ID,
+    IN,
+    IOERR,
+    OK,
+    OUT,
+    UNSUPP,
+    WRITE_ZEROES,
+    BlkDriver,
+)
 from fakes.mmio_driver import MmioDriver, eventually, settle
 from fakes.net_rig import HEADER, FakeTap, Plugged, net_rig, nic_rig
 from fakes.virtio_rig import MEMORY_BYTES, Rig, virtio_rig
@@ -99,6 +109,33 @@ async def test_a_request_larger_than_the_burst_passes_and_the_next_one_waits(
         rig.device.set_limit(RateLimit(bps="1G"))
         await rig.driver.used(0)
         assert blk.status(slot) == OK
+
+
+async def test_of_a_request_that_fails_its_checks_no_bytes_are_charged(
+    image: Path, io_threads: int
+) -> None:
+    limit = RateLimit(bps=NEVER, bps_burst=1)
+    async with disk_rig(image, io_threads, limit) as (rig, blk):
+        assert (await blk.request(IN, 1 << 40, read_bytes=16 * KIB))[0] == IOERR
+        assert (await blk.request(OUT, 0, bytes(1000)))[0] == IOERR
+        assert (await blk.request(99, 0, bytes(512)))[0] == UNSUPP
+        assert (await blk.request(GET_ID, read_bytes=16 * KIB))[0] == OK
+        assert (await blk.request(FLUSH, 0, bytes(16 * KIB)))[0] == OK
+        assert throttled(rig) == 0
+        assert (await blk.request(IN, read_bytes=512))[0] == OK
+        blk.submit(99)
+        blk.kick()
+        await waits(rig)
+
+
+async def test_but_it_is_an_operation(image: Path, io_threads: int) -> None:
+    limit = RateLimit(ops=NEVER, ops_burst=3)
+    async with disk_rig(image, io_threads, limit) as (rig, blk):
+        slots = [blk.submit(99) for _ in range(8)]
+        blk.kick()
+        await rig.driver.used(0, 3)
+        await waits(rig)
+        assert [blk.status(slot) for slot in slots] == [UNSUPP] * 3 + [0xFF] * 5
 
 
 async def test_what_waits_goes_on_by_itself(image: Path, io_threads: int) -> None:

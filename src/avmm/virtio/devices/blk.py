@@ -15,7 +15,7 @@ from avmm.block.source import SourceDisk
 from avmm.config import Checked
 from avmm.errors import ConfigError, HostError
 from avmm.native import CData, ffi, lib
-from avmm.units import SECTOR_BYTES
+from avmm.units import MIB, SECTOR_BYTES
 from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
 from avmm.virtio.devtype import DeviceContext, DeviceType
@@ -33,6 +33,10 @@ SEG_MAX = 126
 ID_BYTES = 20
 _WORKERS = 4
 """Threads of a disk without io_uring, shared out among its queues."""
+
+_COPY_MAX_BYTES = 64 * MIB
+"""Of a disk whose data is copied on its way: what its queues hold together, but for the last
+request that each has taken. Guests can ask for any amount, with the same memory again and again."""
 
 _RANGES_MAX = 32
 _RANGE_SECTORS_MAX = 0xFFFF_FFFF
@@ -209,7 +213,7 @@ class BlkDevice(VirtioDevice):
     def _add_native(self, config: Disk | AsyncDisk, queue: Queue) -> None:
         """The queue's own datapath, on a home of its own choice."""
         home = self.context.homes.pick(config.home)
-        settings = _settings(config, self.disk, self.context.id)
+        settings = _settings(config, self.disk, self.context.id, len(self.queues))
         # Direct I/O and disks of Python's have no page cache that could forget.
         is_cached = self.disk.fd >= 0 and self.disk.alignment_bytes == 1
         settings.lost = self._lost if is_cached else ffi.NULL
@@ -268,7 +272,7 @@ def _seg_max(config: Disk | AsyncDisk) -> int:
     return min(SEG_MAX, config.queue_size - 2)
 
 
-def _settings(config: Disk | AsyncDisk, disk: RawDisk | SourceDisk, id: str) -> CData:
+def _settings(config: Disk | AsyncDisk, disk: RawDisk | SourceDisk, id: str, queues: int) -> CData:
     """What is the same for all queues."""
     settings = ffi.new("struct av_blk_config *")
     settings.fd = disk.fd
@@ -280,6 +284,8 @@ def _settings(config: Disk | AsyncDisk, disk: RawDisk | SourceDisk, id: str) -> 
     settings.seg_max = _seg_max(config)
     settings.depth = config.queue_size
     settings.alignment_bytes = disk.alignment_bytes
+    settings.copies = disk.copies
+    settings.copy_max_bytes = _COPY_MAX_BYTES // queues
     settings.id = (config.serial or id).encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
     return settings
 
