@@ -1,143 +1,364 @@
-#include "vsock.h"
-
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/random.h>
+#include <time.h>
+#include <unistd.h>
 
-#define SEGMENTS_MAX 256u
-#define LEN_AT 24u /* of a header: the payload's bytes, little-endian */
+#include "vsock_internal.h"
 
-static uint32_t payload_bytes(const uint8_t *header)
+#define RX 0u
+#define TX 1u
+#define EVENTS 64
+#define EVENT_ROUNDS 16
+#define FIRST_PORT (1u << 30) /* of ours, and so many more */
+
+static struct av_vsock *of(struct av_lane *lane)
 {
-    const uint8_t *at = header + LEN_AT;
-
-    return (uint32_t)at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
+    return (struct av_vsock *)lane;
 }
 
-static void set_payload_bytes(uint8_t *header, uint32_t bytes)
+uint64_t av_vsock_now_ns(void)
 {
-    for (uint32_t i = 0; i < 4; i++)
-        header[LEN_AT + i] = (uint8_t)(bytes >> 8 * i);
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* Copy `bytes`, which are there, off the front of segments, and shorten them by it. */
-static struct iovec *gather(struct iovec *iov, uint8_t *to, size_t bytes)
+void av_vsock_tell(struct av_vsock *vsock, uint32_t news)
 {
-    while (bytes != 0) {
-        size_t piece = iov->iov_len < bytes ? iov->iov_len : bytes;
+    bool fresh = vsock->news == 0;
 
-        memcpy(to, iov->iov_base, piece);
-        to += piece;
-        bytes -= piece;
-        iov->iov_base = (uint8_t *)iov->iov_base + piece;
-        iov->iov_len -= piece;
-        if (iov->iov_len == 0)
-            iov++;
+    vsock->news |= news;
+    if (fresh && vsock->setup.announces)
+        av_lane_news(&vsock->lane);
+}
+
+/* --- the lane -------------------------------------------------------------------------- */
+
+static void on_event(struct av_vsock *vsock, struct av_vsock_connection *connection,
+                     uint32_t events)
+{
+    connection->readable = true;
+    if (events & (EPOLLHUP | EPOLLERR))
+        connection->hung_up = true;
+    if (connection->hung_up && connection->state == AV_VSOCK_ASKED) {
+        av_vsock_kill(vsock, connection);
+        return;
     }
-    return iov;
+    /* Nobody is there, and that will not be found out by reading. */
+    if (connection->hung_up &&
+        (connection->has_eof || (connection->guest_shut & AV_VSOCK_SHUT_RECEIVE)))
+        av_vsock_shut(vsock, connection, AV_VSOCK_SHUT_BOTH);
+    av_vsock_wake(vsock, connection);
+    if (connection->held != 0 && (events & (EPOLLOUT | EPOLLHUP | EPOLLERR)))
+        av_vsock_drain(vsock, connection);
 }
 
-/* The other way, into segments that have room for it. */
-static struct iovec *scatter(struct iovec *iov, const uint8_t *from, size_t bytes)
+static void collect(struct av_vsock *vsock)
 {
-    while (bytes != 0) {
-        size_t piece = iov->iov_len < bytes ? iov->iov_len : bytes;
+    struct epoll_event events[EVENTS];
+    int count = EVENTS;
 
-        memcpy(iov->iov_base, from, piece);
-        from += piece;
-        bytes -= piece;
-        iov->iov_base = (uint8_t *)iov->iov_base + piece;
-        iov->iov_len -= piece;
-        if (iov->iov_len == 0)
-            iov++;
+    for (int round = 0; round < EVENT_ROUNDS && count == EVENTS; round++) {
+        count = epoll_wait(vsock->sockets_fd, events, EVENTS, 0);
+        for (int i = 0; i < count; i++)
+            on_event(vsock, events[i].data.ptr, events[i].events);
     }
-    return iov;
+    vsock->more_events = count == EVENTS;
 }
 
-/* A chain that is no packet, or no place for one. */
-static int refuse(struct av_vring *ring)
+static int vsock_run(struct av_lane *lane, uint32_t ready)
 {
-    av_vring_fail(ring, AV_FAULT_REQUEST);
-    return -EPROTO;
-}
+    struct av_vsock *vsock = of(lane);
+    int sent, came;
 
-int av_vsock_take(struct av_vring *ring, uint8_t *headers, uint32_t max, uint8_t *data,
-                  uint32_t room)
-{
-    struct iovec iov[SEGMENTS_MAX], *rest;
-    struct av_chain chain;
-    uint32_t count = 0, used = 0, bytes;
-    int result = 0;
-
-    while (count < max && (result = av_vring_pop(ring, &chain, iov, SEGMENTS_MAX)) > 0) {
-        uint8_t *header = headers + (size_t)count * AV_VSOCK_HEADER_BYTES;
-
-        if (chain.readable_bytes < AV_VSOCK_HEADER_BYTES) {
-            result = refuse(ring);
-            break;
-        }
-        rest = gather(iov, header, AV_VSOCK_HEADER_BYTES);
-        bytes = payload_bytes(header);
-        if (bytes > chain.readable_bytes - AV_VSOCK_HEADER_BYTES || bytes > room) {
-            result = refuse(ring);
-            break;
-        }
-        if (bytes > room - used) {
-            av_vring_unpop(ring);
-            break;
-        }
-        gather(rest, data + used, bytes);
-        used += bytes;
-        count++;
-        av_vring_push(ring, chain.head, 0);
+    if (ready & 1u << RX)
+        av_vring_count_kick(vsock->rx);
+    if (ready & 1u << TX)
+        av_vring_count_kick(vsock->tx);
+    if (!lane->taking)
+        return 0;
+    if ((ready & 1u << vsock->sockets_source) || vsock->more_events)
+        collect(vsock);
+    came = av_vsock_transmit(vsock);
+    av_vring_kicks_off(vsock->rx);
+    sent = av_vsock_deliver(vsock);
+    if (vsock->python_starved && av_vring_pending(vsock->rx)) {
+        vsock->python_starved = false;
+        av_vsock_tell(vsock, AV_VSOCK_ROOM);
     }
-    /* What came before a broken one counts; the ring remembers. */
-    return count != 0 ? (int)count : result < 0 ? result : 0;
+    if (came < 0 || sent < 0)
+        return came < 0 ? came : sent;
+    return came | sent | vsock->more_events;
 }
 
-/* Put one packet with as much of the payload as its buffer holds, at least one byte if there is
- * any: how much, -EAGAIN no room, or -EPROTO. */
-static int64_t put_packet(struct av_vring *ring, const uint8_t *header, const uint8_t *data,
-                          uint32_t bytes)
+static bool vsock_arm(struct av_lane *lane)
 {
-    struct iovec iov[SEGMENTS_MAX], *rest;
-    uint8_t own[AV_VSOCK_HEADER_BYTES];
-    struct av_chain chain;
-    uint32_t room;
-    int result = av_vring_pop(ring, &chain, iov, SEGMENTS_MAX);
+    struct av_vsock *vsock = of(lane);
+    bool more = false;
 
-    if (result <= 0)
-        return result < 0 ? result : -EAGAIN;
-    if (chain.writable_bytes < AV_VSOCK_HEADER_BYTES + (bytes != 0))
-        return refuse(ring);
-    room = chain.writable_bytes - AV_VSOCK_HEADER_BYTES;
-    if (bytes > room)
-        bytes = room;
-    memcpy(own, header, sizeof(own));
-    set_payload_bytes(own, bytes);
-    rest = scatter(iov + chain.readable, own, sizeof(own));
-    scatter(rest, data, bytes);
-    av_vring_push(ring, chain.head, AV_VSOCK_HEADER_BYTES + bytes);
-    return bytes;
+    if (!lane->taking)
+        return false;
+    if (!vsock->tx_blocked)
+        more = av_vring_kicks_on(vsock->tx) != 0;
+    if (vsock->rx_starved || vsock->python_starved)
+        more |= av_vring_kicks_on(vsock->rx) != 0;
+    return more;
 }
 
-int64_t av_vsock_put(struct av_vring *ring, const uint8_t *header, const uint8_t *data,
+static bool vsock_pending(struct av_lane *lane)
+{
+    struct av_vsock *vsock = of(lane);
+
+    return lane->taking &&
+           ((!vsock->tx_blocked && av_vring_pending(vsock->tx)) ||
+            ((vsock->rx_starved || vsock->python_starved) && av_vring_pending(vsock->rx)));
+}
+
+static bool vsock_idle(const struct av_lane *lane)
+{
+    (void)lane;
+    return true; /* a run ends what it begins */
+}
+
+static const struct av_lane_ops lane_ops = {
+    .run = vsock_run,
+    .arm = vsock_arm,
+    .pending = vsock_pending,
+    .idle = vsock_idle,
+};
+
+/* --- the device ------------------------------------------------------------------------ */
+
+static int set_up(struct av_vsock *vsock, struct av_home *home)
+{
+    int result;
+
+    vsock->all.next = vsock->all.prev = &vsock->all;
+    vsock->ready.next = vsock->ready.prev = &vsock->ready;
+    vsock->inbox = malloc(sizeof(*vsock->inbox));
+    vsock->taken = malloc(sizeof(*vsock->taken));
+    if (vsock->setup.path != NULL)
+        vsock->path = strdup(vsock->setup.path);
+    if (vsock->inbox == NULL || vsock->taken == NULL ||
+        (vsock->path == NULL && vsock->setup.path != NULL))
+        return -ENOMEM;
+    vsock->setup.path = vsock->path;
+    vsock->inbox->count = vsock->inbox->bytes = 0;
+    vsock->taken->count = vsock->taken->bytes = 0;
+    if (getrandom(&vsock->seed, sizeof(vsock->seed), 0) != sizeof(vsock->seed))
+        return -errno;
+    vsock->sockets_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (vsock->sockets_fd < 0)
+        return -errno;
+    result = av_lane_init(&vsock->lane, home, &lane_ops, 2);
+    if (result == 0)
+        vsock->sockets_source = av_lane_add_source(&vsock->lane, vsock->sockets_fd, EPOLLIN);
+    return result;
+}
+
+struct av_vsock *av_vsock_create(struct av_home *home, struct av_vring *rx, struct av_vring *tx,
+                                 const struct av_vsock_setup *setup, int *error)
+{
+    struct av_vsock *vsock = calloc(1, sizeof(*vsock));
+
+    *error = ENOMEM;
+    if (vsock == NULL)
+        return NULL;
+    vsock->rx = rx;
+    vsock->tx = tx;
+    vsock->setup = *setup;
+    vsock->sockets_fd = -1;
+    *error = -set_up(vsock, home);
+    if (*error != 0) {
+        av_vsock_destroy(vsock);
+        return NULL;
+    }
+    return vsock;
+}
+
+void av_vsock_destroy(struct av_vsock *vsock)
+{
+    av_lane_fini(&vsock->lane);
+    while (vsock->all.next != NULL && vsock->all.next != &vsock->all)
+        av_vsock_free(vsock, av_vsock_of_all(vsock->all.next));
+    if (vsock->sockets_fd >= 0)
+        close(vsock->sockets_fd);
+    free(vsock->inbox);
+    free(vsock->taken);
+    free(vsock->served);
+    free(vsock->path);
+    free(vsock);
+}
+
+struct av_lane *av_vsock_lane(struct av_vsock *vsock)
+{
+    return &vsock->lane;
+}
+
+void av_vsock_statistics(struct av_vsock *vsock, struct av_vsock_stats *out)
+{
+    av_lane_lock(&vsock->lane);
+    *out = vsock->stats;
+    out->connections = vsock->connections;
+    av_lane_unlock(&vsock->lane);
+}
+
+const uint32_t *av_vsock_news_bits(const struct av_vsock *vsock)
+{
+    return &vsock->news;
+}
+
+uint32_t av_vsock_news(struct av_vsock *vsock)
+{
+    uint32_t news;
+
+    av_lane_lock(&vsock->lane);
+    news = vsock->news;
+    vsock->news = 0;
+    av_lane_unlock(&vsock->lane);
+    return news;
+}
+
+/* --- what Python does ------------------------------------------------------------------ */
+
+static int ask(struct av_vsock *vsock, int fd, uint32_t guest_port)
+{
+    struct av_vsock_connection *connection;
+    uint32_t host_port;
+
+    if (vsock->connections >= vsock->setup.connections_max)
+        return -ENOSPC;
+    do
+        host_port = FIRST_PORT + vsock->next_port++ % FIRST_PORT;
+    while (av_vsock_find(vsock, host_port, guest_port) != NULL);
+    connection = av_vsock_new(vsock, AV_VSOCK_ASKED, fd, host_port, guest_port);
+    if (connection == NULL)
+        return -ENOMEM;
+    av_vsock_name(vsock, connection);
+    av_vsock_wait(vsock, connection, vsock->setup.ask_ns);
+    connection->due = AV_VSOCK_DUE_REQUEST;
+    av_vsock_wake(vsock, connection);
+    av_lane_wake(&vsock->lane);
+    return 0;
+}
+
+int av_vsock_ask(struct av_vsock *vsock, int fd, uint32_t guest_port)
+{
+    int result;
+
+    av_lane_lock(&vsock->lane);
+    result = ask(vsock, fd, guest_port);
+    av_lane_unlock(&vsock->lane);
+    if (result < 0)
+        close(fd);
+    return result;
+}
+
+uint32_t av_vsock_expire(struct av_vsock *vsock)
+{
+    uint64_t now_ns = av_vsock_now_ns();
+    struct av_vsock_link *at, *next;
+    uint32_t waiting;
+
+    av_lane_lock(&vsock->lane);
+    for (at = vsock->all.next; at != &vsock->all; at = next) {
+        struct av_vsock_connection *connection = av_vsock_of_all(at);
+
+        next = at->next;
+        if (connection->deadline_ns != 0 && connection->deadline_ns <= now_ns)
+            av_vsock_kill(vsock, connection);
+    }
+    waiting = vsock->waiting;
+    av_lane_wake(&vsock->lane);
+    av_lane_unlock(&vsock->lane);
+    return waiting;
+}
+
+void av_vsock_reset(struct av_vsock *vsock)
+{
+    struct av_vsock_link *at, *next;
+
+    av_lane_lock(&vsock->lane);
+    for (at = vsock->all.next; at != &vsock->all; at = next) {
+        struct av_vsock_connection *connection = av_vsock_of_all(at);
+
+        next = at->next;
+        if (connection->state != AV_VSOCK_PYTHONS && connection->state != AV_VSOCK_DRAINING &&
+            !(connection->state == AV_VSOCK_ASKED && (connection->due & AV_VSOCK_DUE_REQUEST)))
+            av_vsock_free(vsock, connection);
+    }
+    vsock->inbox->count = vsock->inbox->bytes = 0;
+    vsock->tx_blocked = vsock->rx_starved = vsock->python_starved = false;
+    vsock->news &= AV_VSOCK_TIMER;
+    av_lane_unlock(&vsock->lane);
+}
+
+uint32_t av_vsock_receive(struct av_vsock *vsock, struct av_vsock_batch *out)
+{
+    struct av_vsock_inbox *inbox;
+
+    av_lane_lock(&vsock->lane);
+    inbox = vsock->inbox;
+    if (inbox->count != 0) {
+        vsock->inbox = vsock->taken;
+        vsock->inbox->count = vsock->inbox->bytes = 0;
+        vsock->taken = inbox;
+        if (vsock->tx_blocked)
+            av_lane_wake(&vsock->lane);
+    }
+    *out = (struct av_vsock_batch){ .headers = inbox->headers,
+                                    .data = inbox->data,
+                                    .count = inbox->count,
+                                    .bytes = inbox->bytes };
+    av_lane_unlock(&vsock->lane);
+    return out->count;
+}
+
+static void starve(struct av_vsock *vsock)
+{
+    vsock->python_starved = true;
+    av_lane_wake(&vsock->lane); /* and so it asks for kicks */
+}
+
+int64_t av_vsock_put(struct av_vsock *vsock, const uint8_t *header, const uint8_t *data,
                      uint32_t bytes)
 {
+    struct av_vsock_header own;
     uint32_t done = 0;
+    int64_t put = 0;
 
-    while (done < bytes) {
-        int64_t put = put_packet(ring, header, data + done, bytes - done);
-
-        if (put < 0)
-            return put == -EAGAIN || done != 0 ? done : put;
+    memcpy(&own, header, sizeof(own));
+    av_lane_lock(&vsock->lane);
+    while (done < bytes && (put = av_vsock_put_packet(vsock, &own, data + done, bytes - done)) > 0)
         done += (uint32_t)put;
-    }
-    return done;
+    if (put == -EAGAIN)
+        starve(vsock);
+    vsock->stats.tx_bytes += done;
+    av_lane_unlock(&vsock->lane);
+    return put == -EAGAIN || done != 0 ? done : put < 0 ? put : 0;
 }
 
-int av_vsock_put_header(struct av_vring *ring, const uint8_t *header)
+int av_vsock_put_header(struct av_vsock *vsock, const uint8_t *header)
 {
-    int64_t put = put_packet(ring, header, header, 0);
+    struct av_vsock_header own;
+    int64_t put;
 
+    memcpy(&own, header, sizeof(own));
+    av_lane_lock(&vsock->lane);
+    put = av_vsock_put_packet(vsock, &own, NULL, 0);
+    if (put == -EAGAIN)
+        starve(vsock);
+    av_lane_unlock(&vsock->lane);
     return put == -EAGAIN ? 0 : put < 0 ? (int)put : 1;
+}
+
+void av_vsock_flush(struct av_vsock *vsock)
+{
+    av_lane_lock(&vsock->lane);
+    av_vring_flush(vsock->rx);
+    av_lane_unlock(&vsock->lane);
 }

@@ -53,7 +53,7 @@ class Toolchain:
 
 # What parsers call of the host that an input is to decide, as fuzz_NAME() does instead.
 REPLACED = ("clock_gettime", "clock_settime", "time", "getrandom", "mmap", "munmap")
-REPLACED += ("kill", "_exit")
+REPLACED += ("kill", "_exit", "connect")
 
 LIBFUZZER = Toolchain(
     "clang",

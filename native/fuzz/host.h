@@ -7,6 +7,7 @@
 #include <time.h>
 
 struct av_home;
+struct sockaddr;
 
 /* One for all inputs; without a thread. */
 struct av_home *fuzz_home(void);
@@ -23,5 +24,6 @@ int fuzz_munmap(void *at, size_t bytes);
 /* Defined by targets that reach them. */
 int fuzz_kill(pid_t pid, int number);
 void fuzz__exit(int status) __attribute__((noreturn));
+int fuzz_connect(int fd, const struct sockaddr *to, unsigned bytes);
 
 #endif

@@ -1,18 +1,63 @@
-/* The socket device's packets (virtio 1.3 section 5.10.6), both ways. */
+/* The socket device (virtio 1.3 section 5.10.6): a hostile driver, programs at unix sockets that do
+ * what they like, and Python, which takes what is its own and puts packets of its own. */
+#include <errno.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include "fuzz.h"
-#include "vsock.h"
+#include "host.h"
+#include "vsock_internal.h"
 
+#define CID 3u
 #define DATA_BYTES 320u /* two of them, next to one another */
-#define HEADERS_MAX 3u
-#define ROOM_MAX 256u
+#define PROGRAMS_MAX 6u
+#define CONNECTIONS_MAX 5u
+#define LIMIT_NS 1000000000u
 
 struct device {
     struct fuzz_guest guest;
     struct fuzz_queue rx, tx;
+    struct av_vsock *vsock;
     uint64_t data_gpa;
+    uint64_t rx_lost, tx_lost; /* chains that were not given back when their ring broke */
 };
+
+/* The programs' ends of sockets; -1: none. */
+static int programs[PROGRAMS_MAX];
+static bool refuses;
+
+/* A socket whose one end is a program's, and that is soon full; -1: there are enough. */
+static int join(void)
+{
+    int ends[2], small = 1;
+
+    for (uint32_t i = 0; i < PROGRAMS_MAX; i++) {
+        if (programs[i] >= 0)
+            continue;
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, ends) == 0);
+        for (uint32_t end = 0; end < 2; end++)
+            CHECK(setsockopt(ends[end], SOL_SOCKET, SO_SNDBUF, &small, sizeof(small)) == 0);
+        programs[i] = ends[1];
+        return ends[0];
+    }
+    return -1;
+}
+
+/* In the place of the device's connect(). */
+int fuzz_connect(int fd, const struct sockaddr *to, unsigned bytes)
+{
+    int end = refuses ? -1 : join();
+
+    CHECK(to->sa_family == AF_UNIX && bytes != 0);
+    if (end < 0) {
+        errno = ECONNREFUSED;
+        return -1;
+    }
+    CHECK(dup2(end, fd) == fd);
+    close(end);
+    return 0;
+}
 
 static struct av_vring_stats stats_of(const struct fuzz_queue *queue)
 {
@@ -22,16 +67,92 @@ static struct av_vring_stats stats_of(const struct fuzz_queue *queue)
     return stats;
 }
 
-/* A packet of the driver's, in one segment or two. */
+static uint64_t taken(const struct fuzz_queue *queue)
+{
+    struct av_vring_stats stats = stats_of(queue);
+
+    return stats.chains - stats.used;
+}
+
+/* What is taken is given back, but from a ring that broke. */
+static void check_ring(const struct fuzz_queue *queue, uint64_t lost)
+{
+    CHECK(stats_of(queue).fault != AV_FAULT_NONE || taken(queue) == lost);
+}
+
+static void check(const struct device *device)
+{
+    const struct av_vsock *vsock = device->vsock;
+    uint32_t count = 0, waiting = 0;
+
+    check_ring(&device->rx, device->rx_lost);
+    check_ring(&device->tx, device->tx_lost);
+    for (struct av_vsock_link *at = vsock->all.next; at != &vsock->all; at = at->next) {
+        const struct av_vsock_connection *c = av_vsock_of_all(at);
+
+        count++;
+        waiting += c->deadline_ns != 0;
+        CHECK(c->held <= c->buffer_bytes && c->buffer_bytes <= AV_VSOCK_BUFFER_BYTES);
+        CHECK(c->held_at + c->held <= c->buffer_bytes);
+        CHECK(c->received - c->forwarded <= AV_VSOCK_BUFFER_BYTES);
+        CHECK(c->sent - c->guest_forwarded <= UINT32_MAX / 2);
+        CHECK(c->state != AV_VSOCK_OPEN || c->held == c->received - c->forwarded);
+        CHECK(c->named == (c->state != AV_VSOCK_DRAINING));
+        CHECK(c->state != AV_VSOCK_CLOSING || c->fd < 0);
+        CHECK((c->state != AV_VSOCK_OPEN && c->state != AV_VSOCK_ASKED) || c->fd >= 0);
+        CHECK(c->due == 0 || av_vsock_is_linked(&c->ready));
+        CHECK(!c->named || av_vsock_find(vsock, c->host_port, c->guest_port) == c);
+    }
+    CHECK(count == vsock->connections && count <= CONNECTIONS_MAX);
+    CHECK(waiting == vsock->waiting);
+    CHECK(vsock->inbox->count <= AV_VSOCK_INBOX_PACKETS);
+    CHECK(vsock->inbox->bytes <= AV_VSOCK_BUFFER_BYTES);
+}
+
+static void turn(struct device *device)
+{
+    av_lane_lock(&device->vsock->lane);
+    av_lane_wake(&device->vsock->lane);
+    av_lane_unlock(&device->vsock->lane);
+    av_home_turn(fuzz_home());
+    check(device);
+}
+
+/* --- the driver ------------------------------------------------------------------------ */
+
+/* Ports that the device chooses begin at 2^30. */
+static uint32_t port(struct fuzz_input *in)
+{
+    uint32_t bits = fuzz_u8(in);
+
+    return (bits & 8 ? 1u << 30 : 0) + (bits & 7);
+}
+
+/* A packet that has sense, but for what the input says: in one segment or two. */
 static void offer_packet(struct device *device, struct fuzz_input *in)
 {
-    uint32_t at = fuzz_u8(in), bytes = AV_VSOCK_HEADER_BYTES + fuzz_u8(in);
-    uint32_t says = bytes - AV_VSOCK_HEADER_BYTES + fuzz_below(in, 4) - 1, cut = fuzz_u8(in);
+    uint32_t at = fuzz_u8(in), bytes = AV_VSOCK_HEADER_BYTES + fuzz_u8(in), cut = fuzz_u8(in);
     uint8_t *packet = av_gmem_hva(&device->guest.mem, device->data_gpa + at, bytes);
     struct av_desc segment[2] = { fuzz_segment(device->data_gpa + at, bytes, 0) };
+    struct av_vsock_header header = {
+        .src_cid = CID,
+        .dst_cid = AV_VSOCK_CID_HOST,
+        .src_port = fuzz_below(in, 4),
+        .dst_port = port(in),
+        .len = bytes - AV_VSOCK_HEADER_BYTES + fuzz_below(in, 40) / 39,
+        .type = AV_VSOCK_TYPE_STREAM,
+        .op = (uint16_t)fuzz_below(in, 9),
+        .flags = fuzz_u8(in),
+        .buf_alloc = fuzz_u8(in) * 32u,
+        .fwd_cnt = (uint32_t)fuzz_number(in),
+    };
+    const struct av_vsock_connection *connection;
 
-    if (packet != NULL && at + 28 <= DATA_BYTES)
-        memcpy(packet + 24, &says, sizeof(says));
+    connection = av_vsock_find(device->vsock, header.dst_port, header.src_port);
+    if (connection != NULL && !(header.flags & 0x80))
+        header.fwd_cnt = connection->sent; /* as one that reads all at once */
+    if (packet != NULL)
+        memcpy(packet, &header, sizeof(header));
     if (cut != 0 && cut < bytes) {
         segment[0] = fuzz_segment(device->data_gpa + at, cut, 0);
         segment[1] = fuzz_segment(device->data_gpa + at + cut, bytes - cut, 0);
@@ -47,30 +168,67 @@ static void offer_room(struct device *device, struct fuzz_input *in)
     fuzz_queue_offer(&device->rx, &segment, 1);
 }
 
-static void take(struct device *device, struct fuzz_input *in)
+static void reset(struct device *device)
 {
-    struct av_vring_stats before = stats_of(&device->tx), after;
-    uint32_t max = 1 + fuzz_below(in, HEADERS_MAX), room = fuzz_u8(in);
-    uint8_t *headers = malloc((size_t)max * AV_VSOCK_HEADER_BYTES), *data = malloc(room);
-    uint64_t bytes = 0;
-    int count;
+    CHECK(av_lane_hold(av_vsock_lane(device->vsock)) == 1);
+    device->rx_lost = taken(&device->rx);
+    device->tx_lost = taken(&device->tx);
+    fuzz_queue_restart(&device->rx);
+    fuzz_queue_restart(&device->tx);
+    av_vsock_reset(device->vsock);
+    check(device);
+    CHECK(av_lane_start(av_vsock_lane(device->vsock)) == 0);
+}
 
-    CHECK(headers != NULL && data != NULL);
-    count = av_vsock_take(device->tx.ring, headers, max, data, room);
-    after = stats_of(&device->tx);
-    CHECK(count == -EPROTO || (count >= 0 && (uint32_t)count <= max));
-    CHECK(after.used - before.used == (uint64_t)(count < 0 ? 0 : count));
-    CHECK(count >= 0 || after.fault != AV_FAULT_NONE);
-    for (int i = 0; i < count; i++) {
-        uint32_t one;
+/* --- programs -------------------------------------------------------------------------- */
 
-        memcpy(&one, headers + (size_t)i * AV_VSOCK_HEADER_BYTES + 24, sizeof(one));
-        bytes += one;
+static void act(struct fuzz_input *in)
+{
+    int *program = &programs[fuzz_below(in, PROGRAMS_MAX)];
+    uint32_t how = fuzz_u8(in);
+    uint8_t data[512];
+
+    memset(data, (int)how, sizeof(data));
+    if (*program < 0)
+        return;
+    switch (how & 7) {
+    case 0:
+        close(*program);
+        *program = -1;
+        break;
+    case 1:
+        shutdown(*program, SHUT_WR);
+        break;
+    case 2:
+        shutdown(*program, SHUT_RD);
+        break;
+    case 3:
+    case 4:
+    case 5:
+        if (send(*program, data, 1 + how * 2, MSG_NOSIGNAL) < 0)
+            CHECK(errno == EAGAIN || errno == EPIPE || errno == ECONNRESET);
+        break;
+    default:
+        if (recv(*program, data, sizeof(data), 0) < 0)
+            CHECK(errno == EAGAIN || errno == ECONNRESET);
     }
-    CHECK(bytes <= room);
-    free(headers);
-    free(data);
-    av_vring_flush(device->tx.ring);
+}
+
+/* --- Python ---------------------------------------------------------------------------- */
+
+static void take(struct device *device)
+{
+    struct av_vsock_batch batch;
+    uint64_t bytes = 0;
+
+    CHECK(av_vsock_receive(device->vsock, &batch) == batch.count);
+    for (uint32_t i = 0; i < batch.count; i++) {
+        struct av_vsock_header header;
+
+        memcpy(&header, batch.headers + (size_t)i * AV_VSOCK_HEADER_BYTES, sizeof(header));
+        bytes += header.len;
+    }
+    CHECK(bytes == batch.bytes);
 }
 
 static void put(struct device *device, struct fuzz_input *in)
@@ -78,42 +236,128 @@ static void put(struct device *device, struct fuzz_input *in)
     uint32_t bytes = fuzz_u16(in) % 1000;
     uint8_t *header = calloc(1, AV_VSOCK_HEADER_BYTES), *data = calloc(1, bytes);
     struct av_vring_stats before = stats_of(&device->rx), after;
-    int64_t put;
+    int64_t result;
 
     CHECK(header != NULL && data != NULL);
     if (bytes == 0) {
-        put = av_vsock_put_header(device->rx.ring, header);
-        CHECK(put == 0 || put == 1 || put == -EPROTO);
+        result = av_vsock_put_header(device->vsock, header);
+        CHECK(result == 0 || result == 1 || result == -EPROTO);
     } else {
-        put = av_vsock_put(device->rx.ring, header, data, bytes);
-        CHECK(put == -EPROTO || (put >= 0 && put <= bytes));
+        result = av_vsock_put(device->vsock, header, data, bytes);
+        CHECK(result == -EPROTO || (result >= 0 && result <= bytes));
     }
     after = stats_of(&device->rx);
-    CHECK(put <= 0 || after.used != before.used);
-    CHECK(after.chains - after.used - (before.chains - before.used) <= 1);
+    CHECK(result <= 0 || after.used != before.used);
     free(header);
     free(data);
-    av_vring_flush(device->rx.ring);
+    av_vsock_flush(device->vsock);
+}
+
+static void ask(struct device *device, struct fuzz_input *in)
+{
+    int fd = join();
+
+    if (fd >= 0)
+        av_vsock_ask(device->vsock, fd, fuzz_below(in, 4));
+}
+
+static void python(struct device *device, struct fuzz_input *in)
+{
+    uint32_t how = fuzz_u8(in);
+
+    switch (how & 7) {
+    case 0:
+    case 1:
+        take(device);
+        break;
+    case 2:
+        put(device, in);
+        break;
+    case 3:
+        ask(device, in);
+        break;
+    case 4:
+        if (how & 8)
+            av_vsock_claim(device->vsock, port(in), fuzz_below(in, 4));
+        else
+            av_vsock_release(device->vsock, port(in), fuzz_below(in, 4));
+        break;
+    case 5:
+        CHECK(av_vsock_serve(device->vsock, how >> 3 & 7, how >> 6 & 1) == 0);
+        break;
+    case 6:
+        fuzz_now_ns += (uint64_t)how * (LIMIT_NS / 128);
+        av_vsock_expire(device->vsock);
+        break;
+    default:
+        refuses = how & 8;
+    }
+    check(device);
+}
+
+/* --- the whole ------------------------------------------------------------------------- */
+
+static void create(struct device *device, struct fuzz_input *in)
+{
+    const struct av_vsock_setup setup = { .cid = CID,
+                                          .path = "/v",
+                                          .ask_ns = LIMIT_NS,
+                                          .close_ns = LIMIT_NS,
+                                          .connections_max = CONNECTIONS_MAX };
+    uint8_t bits = fuzz_u8(in);
+    int error;
+
+    fuzz_guest_init(&device->guest);
+    fuzz_queue_init(&device->rx, &device->guest, in, bits & 1);
+    fuzz_queue_init(&device->tx, &device->guest, in, bits & 1);
+    device->data_gpa = fuzz_guest_add_data(&device->guest, DATA_BYTES);
+    fuzz_guest_add_data(&device->guest, DATA_BYTES);
+    device->vsock = av_vsock_create(fuzz_home(), device->rx.ring, device->tx.ring, &setup, &error);
+    CHECK(device->vsock != NULL);
+    CHECK(av_lane_start(av_vsock_lane(device->vsock)) == 0);
+}
+
+/* All ends of the device's have gone, so each program comes to an end. */
+static void end_program(int fd)
+{
+    uint8_t data[512];
+    ssize_t got;
+
+    while ((got = recv(fd, data, sizeof(data), 0)) > 0)
+        continue;
+    CHECK(got == 0 || errno == ECONNRESET);
+    close(fd);
+}
+
+static void destroy(struct device *device)
+{
+    CHECK(av_lane_hold(av_vsock_lane(device->vsock)) == 1);
+    av_vsock_destroy(device->vsock);
+    for (uint32_t i = 0; i < PROGRAMS_MAX; i++)
+        if (programs[i] >= 0)
+            end_program(programs[i]);
+    fuzz_queue_fini(&device->rx);
+    fuzz_queue_fini(&device->tx);
+    fuzz_guest_fini(&device->guest);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct fuzz_input in = { data, size };
-    uint8_t bits = fuzz_u8(&in);
     struct device device = { 0 };
 
-    fuzz_guest_init(&device.guest);
-    fuzz_queue_init(&device.rx, &device.guest, &in, bits & 1);
-    fuzz_queue_init(&device.tx, &device.guest, &in, bits & 1);
-    device.data_gpa = fuzz_guest_add_data(&device.guest, DATA_BYTES);
-    fuzz_guest_add_data(&device.guest, DATA_BYTES);
+    fuzz_now_ns = 0;
+    refuses = false;
+    for (uint32_t i = 0; i < PROGRAMS_MAX; i++)
+        programs[i] = -1;
+    create(&device, &in);
     while (fuzz_more(&in))
-        switch (fuzz_below(&in, 10)) {
+        switch (fuzz_below(&in, 12)) {
         case 0:
         case 1:
+        case 2:
             offer_packet(&device, &in);
             break;
-        case 2:
         case 3:
             offer_room(&device, &in);
             break;
@@ -124,16 +368,19 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             fuzz_queue_step(&device.tx, &in);
             break;
         case 6:
-            fuzz_queue_restart(fuzz_u8(&in) & 1 ? &device.rx : &device.tx);
+            if (fuzz_u8(&in) < 32)
+                reset(&device);
             break;
         case 7:
-            put(&device, &in);
+        case 8:
+            act(&in);
+            break;
+        case 9:
+            python(&device, &in);
             break;
         default:
-            take(&device, &in);
+            turn(&device);
         }
-    fuzz_queue_fini(&device.rx);
-    fuzz_queue_fini(&device.tx);
-    fuzz_guest_fini(&device.guest);
+    destroy(&device);
     return 0;
 }

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -43,7 +45,7 @@ _TIMEOUT_NS = 5 * 10**9
 def cases(options: Options) -> Iterator[Case]:
     """See the suite protocol."""
     size = max(_CHUNK_BYTES, int(_BYTES_PER_S * options.seconds) // _CHUNK_BYTES * _CHUNK_BYTES)
-    for name, stream in (("guest to host", to_host), ("host to guest", to_guest)):
+    for name, stream in STREAMS:
         rates = [run_loop(stream(size)) for _ in range(options.runs)]
         series = {OWN: rates, GOAL: [GOAL_BYTES_PER_S]}
         yield Case(SUITE, f"stream, {name}", "B/s", "higher", series, [Aim(GOAL, 1.0)])
@@ -52,6 +54,9 @@ def cases(options: Options) -> Iterator[Case]:
         rates = [run_loop(connections(count, at_once)) for _ in range(options.runs)]
         name = f"connections of the guest's, {at_once} at once"
         yield Case(SUITE, name, "connections/s", "higher", {OWN: rates})
+    rates = [run_loop(unix_connections(count, AT_ONCE)) for _ in range(options.runs)]
+    name = f"connections of the guest's to a unix socket, {AT_ONCE} at once"
+    yield Case(SUITE, name, "connections/s", "higher", {OWN: rates})
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +169,66 @@ async def to_guest(count: int) -> float:
 
         await guest.device.host.serve(PORT, give)
         out = await guest.run()
+    return float(out.requests / (out.elapsed_ns / 1e9))
+
+
+async def unix_to_host(count: int) -> float:
+    """Bytes a second of a stream to a process at a unix socket."""
+    return await _unix(sends=count)
+
+
+async def unix_to_guest(count: int) -> float:
+    """Bytes a second of a process's stream, by a unix socket."""
+    return await _unix(gives=count)
+
+
+async def unix_connections(count: int, at_once: int) -> float:
+    """Connections a second that the guest makes to a process at a unix socket, and closes."""
+    return await _unix(connections=count, at_once=at_once)
+
+
+STREAMS = (
+    ("guest to host", to_host),
+    ("host to guest", to_guest),
+    ("guest to a unix socket", unix_to_host),
+    ("unix socket to guest", unix_to_guest),
+)
+
+_PROGRAM = """
+import socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+server.listen(64)
+print(flush=True)
+data = bytearray(65536)
+left = int(sys.argv[2])
+while True:
+    client, _ = server.accept()
+    for _ in range(left // len(data)):
+        client.sendall(data)
+    while left == 0 and client.recv_into(data):
+        pass
+    client.close()
+"""
+"""Takes one connection after the other: gives so many bytes, or takes what comes."""
+
+
+async def _unix(*, gives: int = 0, **load: int) -> float:
+    with tempfile.TemporaryDirectory(prefix="avmm-bench.") as folder:
+        path = f"{folder}/v"
+        program = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-c", _PROGRAM, f"{path}_{PORT}", str(gives)),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            assert program.stdout is not None
+            await program.stdout.readline()  # it listens
+            async with vsock_guest(Vsock(uds=path)) as guest:
+                out = await guest.run(**load)
+        finally:
+            program.kill()
+            await program.wait()
     return float(out.requests / (out.elapsed_ns / 1e9))
 
 

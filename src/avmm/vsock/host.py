@@ -13,7 +13,7 @@ from avmm.errors import ConfigError
 from avmm.log import GuestLog
 from avmm.vsock.connection import Connection
 from avmm.vsock.packet import PORT_MAX
-from avmm.vsock.table import Table
+from avmm.vsock.table import Names, Table
 from avmm.vsock.transport import StreamTransport
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ _HANDLERS_LIMIT_S: Final = 1.0
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Callback = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
 Factory = Callable[[], asyncio.BaseProtocol]
-Fallback = Callable[[Connection], bool]
 
 
 class VsockServer:
@@ -97,10 +96,12 @@ class VsockHost:
         loop: asyncio.AbstractEventLoop,
         on_work: Callable[[], None],
         guest_log: GuestLog,
+        names: Names | None = None,
+        on_serve: Callable[[int, bool], object] = lambda port, serving: None,
     ) -> None:
         self.guest_log = guest_log
-        self.table = Table(cid, loop, on_work, self._on_request)
-        self.fallback: Fallback | None = None
+        self.table = Table(cid, loop, on_work, self._on_request, names)
+        self._on_serve = on_serve
         self._loop = loop
         self._servers: dict[int, VsockServer] = {}
         self._handlers: set[asyncio.Task[None]] = set()
@@ -170,7 +171,8 @@ class VsockHost:
         """The same for an asyncio.Protocol, which `factory` makes for each connection."""
         if _checked(port) in self._servers:
             raise ConfigError("vsock-port", f"vsock port {port} is served already")
-        server = VsockServer(port, factory, self._servers.__delitem__)
+        server = VsockServer(port, factory, self._forget)
+        self._on_serve(port, True)
         self._servers[port] = server
         return server
 
@@ -192,13 +194,17 @@ class VsockHost:
             if self._handlers:
                 await asyncio.wait(self._handlers, timeout=_HANDLERS_LIMIT_S)
 
+    def _forget(self, port: int) -> None:
+        del self._servers[port]
+        self._on_serve(port, False)
+
     def _on_request(self, connection: Connection) -> bool:
         server = self._servers.get(connection.host_port)
-        if server is not None:
-            self.table.counters.opened += 1
-            server.take(self, connection)
-            return True
-        return self.fallback is not None and self.fallback(connection)
+        if server is None:
+            return False
+        self.table.counters.opened += 1
+        server.take(self, connection)
+        return True
 
     def _handler(
         self, callback: Callback

@@ -9,7 +9,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from avmm.errors import HostError
 from avmm.vsock.connection import NO_ROOM, SLICE_BYTES, Connection, Ring, State
@@ -46,8 +46,23 @@ class Counters:
     resets: int = 0
 
 
+class Names(Protocol):
+    """Which pairs of ports are in use, by anybody."""
+
+    def claim(self, host_port: int, guest_port: int) -> bool:
+        """Take a pair; False when it is taken. Raises HostError("vsock") beyond what there may
+        be."""
+        ...
+
+    def release(self, host_port: int, guest_port: int) -> None:
+        """Give it back."""
+        ...
+
+
 class Table:
     """Loop. on_work: called when there is something to send, maybe many times.
+
+    names: shared with connections that are not in this table; None: there are none.
 
     on_request: decides about a guest that asks: it gets a connection to accept() or reset(), and
     says whether anybody is there.
@@ -59,12 +74,14 @@ class Table:
         loop: asyncio.AbstractEventLoop,
         on_work: Callable[[], None],
         on_request: Callable[[Connection], bool],
+        names: Names | None = None,
     ) -> None:
         self.cid = cid
         self.counters = Counters()
         self._loop = loop
         self._on_work = on_work
         self._on_request = on_request
+        self._names = names
         self._connections: dict[tuple[int, int], Connection] = {}
         self._ready: deque[Connection] = deque()
         self._replies: deque[Header] = deque()
@@ -90,11 +107,10 @@ class Table:
         if self._closed is not None:
             raise _reset(self._closed)
         if len(self._connections) >= CONNECTIONS_MAX:
-            remedy = f"it has {CONNECTIONS_MAX} connections; close some"
-            raise HostError("vsock", op="connect", remedy=remedy)
+            raise too_many()
         while True:
             port = _FIRST_PORT + next(self._ports) % _PORTS
-            if (port, guest_port) not in self._connections:
+            if (port, guest_port) not in self._connections and self._claim(port, guest_port):
                 return self._add(port, guest_port, State.ASKED)
 
     # --- the guest
@@ -126,12 +142,12 @@ class Table:
             self._reply(reset_for(header))
 
     def _on_asked(self, header: Header) -> None:
-        if self._closed is None and len(self._connections) < CONNECTIONS_MAX:
+        if self._may_be_asked(header):
             connection = self._add(header.dst_port, header.src_port, State.ASKING)
             connection.hear(header)
             if self._on_request(connection):
                 return
-            del self._connections[connection.key]
+            self._remove(connection)
         self.counters.refused += 1
         self._reply(reset_for(header))
 
@@ -178,6 +194,17 @@ class Table:
 
     # --- inside
 
+    def _may_be_asked(self, header: Header) -> bool:
+        if self._closed is not None or len(self._connections) >= CONNECTIONS_MAX:
+            return False
+        try:
+            return self._claim(header.dst_port, header.src_port)
+        except HostError:
+            return False
+
+    def _claim(self, host_port: int, guest_port: int) -> bool:
+        return self._names is None or self._names.claim(host_port, guest_port)
+
     def _add(self, host_port: int, guest_port: int, state: State) -> Connection:
         connection = Connection(self.cid, host_port, guest_port, state, self._wake)
         self._connections[connection.key] = connection
@@ -186,6 +213,8 @@ class Table:
     def _remove(self, connection: Connection) -> None:
         if self._connections.get(connection.key) is connection:
             del self._connections[connection.key]
+            if self._names is not None:
+                self._names.release(*connection.key)
         if timer := self._closing.pop(connection, None):
             timer.cancel()
 
@@ -203,6 +232,12 @@ class Table:
         elif connection.state is State.CLOSING and connection not in self._closing:
             error = _reset("The guest does not close the connection, or takes nothing more of it")
             self._closing[connection] = self._loop.call_later(CLOSE_LIMIT_S, connection.fail, error)
+
+
+def too_many() -> HostError:
+    """For one connection more than there may be."""
+    remedy = f"it has {CONNECTIONS_MAX} connections; close some"
+    return HostError("vsock", op="connect", remedy=remedy)
 
 
 def _reset(why: str) -> ConnectionResetError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from avmm.bench import vsock_native
 from avmm.bench.suite import Options
 
@@ -21,8 +23,9 @@ async def test_the_guest_sends_all_of_a_stream() -> None:
         assert await sizes.get() == 3_000_001
 
 
+@pytest.mark.slow
 def test_each_row_is_measured_and_has_its_aim() -> None:
     cases = list(vsock_native.cases(Options(runs=1, seconds=0.002)))
-    assert len(cases) == 4
+    assert len(cases) == 7
     assert all(case.series["avmm"][0] > 0 for case in cases)
-    assert [bool(case.aims) for case in cases] == [True, True, False, False]
+    assert [bool(case.aims) for case in cases] == [True] * 4 + [False] * 3
