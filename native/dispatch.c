@@ -80,3 +80,8 @@ void av_dispatch_set_ecam(struct av_dispatch *dispatch, uint64_t gpa, uint64_t s
     dispatch->ecam = gpa;
     dispatch->ecam_bytes = size_bytes;
 }
+
+void av_dispatch_set_budget(struct av_dispatch *dispatch, struct av_budget *budget)
+{
+    dispatch->budget = budget;
+}

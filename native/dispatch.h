@@ -40,6 +40,7 @@ struct av_dispatch {
     uint64_t ecam; /* guest physical address; 0: there is no PCI */
     uint64_t ecam_bytes;
     _Atomic uint32_t pci_address; /* what the guest wrote to port 0xCF8 */
+    struct av_budget *budget; /* NULL: none */
 };
 
 bool av_range_table_has(const struct av_range_table *table, uint64_t at);

@@ -4,16 +4,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #define WAKE_EVENT UINT64_MAX
+#define TIMER_EVENT (UINT64_MAX - 1)
 #define ROUNDS_A_TURN 4
-
-/* An event's data: generation, slot and source of the lane it is for. */
-static uint64_t event_data(const struct av_lane *lane, uint32_t source)
-{
-    return (uint64_t)lane->home->slot[lane->slot].generation << 32 | lane->slot << 8 | source;
-}
 
 static void signal_fd(int fd)
 {
@@ -29,12 +25,15 @@ static void signal_fd(int fd)
 static int open_descriptors(struct av_home *home)
 {
     struct epoll_event event = { .events = EPOLLIN | EPOLLET, .data.u64 = WAKE_EVENT };
+    struct epoll_event timer = { .events = EPOLLIN | EPOLLET, .data.u64 = TIMER_EVENT };
 
     home->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     home->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     home->notice_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (home->epoll_fd < 0 || home->wake_fd < 0 || home->notice_fd < 0 ||
-        epoll_ctl(home->epoll_fd, EPOLL_CTL_ADD, home->wake_fd, &event) < 0)
+    home->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    if (home->epoll_fd < 0 || home->wake_fd < 0 || home->notice_fd < 0 || home->timer_fd < 0 ||
+        epoll_ctl(home->epoll_fd, EPOLL_CTL_ADD, home->wake_fd, &event) < 0 ||
+        epoll_ctl(home->epoll_fd, EPOLL_CTL_ADD, home->timer_fd, &timer) < 0)
         return errno;
     return 0;
 }
@@ -53,7 +52,8 @@ struct av_home *av_home_create(int *error)
         *error = ENOMEM;
         return NULL;
     }
-    home->epoll_fd = home->wake_fd = home->notice_fd = -1;
+    home->epoll_fd = home->wake_fd = home->notice_fd = home->timer_fd = -1;
+    av_kicks_init(&home->kicks, 0, 0, 0);
     pthread_mutex_init(&home->lock, NULL);
     *error = open_descriptors(home);
     if (*error != 0) {
@@ -71,6 +71,7 @@ void av_home_destroy(struct av_home *home)
     close_fd(home->epoll_fd);
     close_fd(home->wake_fd);
     close_fd(home->notice_fd);
+    close_fd(home->timer_fd);
     pthread_mutex_destroy(&home->lock);
     free(home->slot);
     free(home);
@@ -104,6 +105,15 @@ void av_home_statistics(struct av_home *home, struct av_home_stats *out)
 {
     lock(home);
     *out = home->stats;
+    out->vain_kicks = home->kicks.vain;
+    out->deaf = home->kicks.deaf;
+    unlock(home);
+}
+
+void av_home_limit_kicks(struct av_home *home, uint64_t free, uint64_t burst)
+{
+    lock(home);
+    av_kicks_init(&home->kicks, 0, free, burst);
     unlock(home);
 }
 
@@ -124,7 +134,9 @@ void av_home_collect(struct av_home *home, const struct epoll_event *events, int
         uint32_t slot = (uint32_t)data >> 8, source = data & 0xff;
         struct av_lane *lane;
 
-        if (data == WAKE_EVENT || slot >= home->slots ||
+        if (data == TIMER_EVENT)
+            av_home_listen_again(home);
+        if (data == TIMER_EVENT || data == WAKE_EVENT || slot >= home->slots ||
             home->slot[slot].generation != (uint32_t)(data >> 32))
             continue;
         lane = home->slot[slot].lane;
@@ -137,6 +149,7 @@ void av_home_collect(struct av_home *home, const struct epoll_event *events, int
 
 static void unregister(struct av_lane *lane)
 {
+    lane->deaf_until_ns = 0;
     for (uint32_t i = 0; i < lane->sources; i++)
         if (lane->source[i].fd >= 0)
             epoll_ctl(lane->home->epoll_fd, EPOLL_CTL_DEL, lane->source[i].fd, NULL);
@@ -159,22 +172,29 @@ static void stop_taking(struct av_lane *lane)
         lane->ops->hold(lane);
 }
 
+void av_lane_fail(struct av_lane *lane, int error)
+{
+    if (lane->error != 0)
+        return;
+    /* What is in flight still has to come to its end before anybody may touch its memory. */
+    lane->error = error;
+    stop_taking(lane);
+    give_notice(lane, AV_LANE_FAILED);
+}
+
 static void run(struct av_lane *lane)
 {
     uint32_t ready = lane->ready;
     int result;
 
+    av_lane_judge_kicks(lane, ready);
     lane->home->stats.runs++;
     lane->runnable = false;
     lane->armed = false;
     lane->ready = 0;
     result = lane->ops->run(lane, ready);
-    if (result < 0 && lane->error == 0) {
-        /* What is in flight still has to come to its end before anybody may touch its memory. */
-        lane->error = result;
-        stop_taking(lane);
-        give_notice(lane, AV_LANE_FAILED);
-    }
+    if (result < 0)
+        av_lane_fail(lane, result);
     lane->runnable = result > 0;
     if (!lane->taking && lane->ops->idle(lane)) {
         unregister(lane);
@@ -254,6 +274,7 @@ int av_lane_init(struct av_lane *lane, struct av_home *home, const struct av_lan
 
     memset(lane, 0, sizeof(*lane));
     lane->ops = ops;
+    lane->kicks = kicks;
     for (uint32_t i = 0; i < kicks; i++)
         av_lane_add_source(lane, -1, EPOLLIN);
     lock(home);
@@ -316,7 +337,7 @@ static int watch_source(struct av_lane *lane, uint32_t index)
 {
     const struct av_source *source = &lane->source[index];
     struct epoll_event event = { .events = source->events | EPOLLET,
-                                 .data.u64 = event_data(lane, index) };
+                                 .data.u64 = av_lane_event_data(lane, index) };
 
     if (source->fd >= 0 &&
         epoll_ctl(lane->home->epoll_fd, EPOLL_CTL_ADD, source->fd, &event) < 0)

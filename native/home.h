@@ -15,6 +15,8 @@ struct av_home_stats {
     uint64_t sleeps;   /* of the home's thread */
     uint64_t poll_hits;  /* polls that found work before they gave up */
     uint64_t poll_ns;  /* spent polling in vain */
+    uint64_t vain_kicks; /* and times a lane did not listen for a moment, see kicks.h */
+    uint64_t deaf;
 };
 
 /* Any thread may call these; those that name no lane or lock wait for nothing. */
@@ -31,6 +33,8 @@ int av_home_turn(struct av_home *home);
 /* Give the home a thread of its own, which looks for new work for up to poll_ns before it sleeps,
  * and for less where that was in vain. 0 or -errno. */
 int av_home_start_thread(struct av_home *home, uint64_t poll_ns);
+/* Other bounds of kicks in vain than kicks.h has, for those who know their guests, and tests. */
+void av_home_limit_kicks(struct av_home *home, uint64_t free, uint64_t burst);
 void av_home_statistics(struct av_home *home, struct av_home_stats *out);
 
 /* A lane is made by its device and belongs to one home for all its life, at rest at first. */

@@ -9,6 +9,7 @@
 #include <sys/epoll.h>
 
 #include "home.h"
+#include "kicks.h"
 #include "lane.h"
 
 #define AV_HOME_EVENTS 64
@@ -24,16 +25,24 @@ struct av_home {
     int epoll_fd;
     int wake_fd;   /* makes epoll_wait() return: something is runnable, or the thread is to end */
     int notice_fd;
+    int timer_fd;  /* a lane that did not listen is to do so again */
     pthread_mutex_t lock; /* all lanes, and the slots */
     _Atomic uint32_t wanted; /* how many threads wait for the lock while lanes run */
     struct av_home_slot *slot;
     uint32_t slots;
     struct av_home_stats stats;
+    struct av_kicks kicks;
     pthread_t thread;
     bool has_thread;
     atomic_bool ending;
     uint64_t poll_max_ns;
 };
+
+/* An event's data: generation, slot and source of the lane it is for. */
+static inline uint64_t av_lane_event_data(const struct av_lane *lane, uint32_t source)
+{
+    return (uint64_t)lane->home->slot[lane->slot].generation << 32 | lane->slot << 8 | source;
+}
 
 /* One visit to epoll_wait(), not with the lock held: what fired is runnable afterwards. */
 int av_home_wait(struct av_home *home, struct epoll_event *events, int timeout_ms);
@@ -43,6 +52,12 @@ void av_home_collect(struct av_home *home, const struct epoll_event *events, int
 bool av_home_round(struct av_home *home);
 /* Ask all lanes' drivers for notifications. True when work had come, and a lane is runnable. */
 bool av_home_arm(struct av_home *home);
+/* Before a run for these sources: whether the guest kicked for a reason. */
+void av_lane_judge_kicks(struct av_lane *lane, uint32_t ready);
+/* The timer went off. */
+void av_home_listen_again(struct av_home *home);
+/* It takes no more chains, and its device is told. */
+void av_lane_fail(struct av_lane *lane, int error);
 void av_home_end_thread(struct av_home *home);
 
 #endif

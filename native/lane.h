@@ -45,6 +45,8 @@ struct av_lane {
     uint32_t notice;
     int error;
     uint32_t slot;
+    uint32_t kicks;      /* so many of the sources, the first */
+    uint64_t deaf_until_ns; /* 0: it listens to them */
     uint32_t sources;
     struct av_source source[AV_LANE_SOURCES_MAX];
 };

@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "budget.h"
 #include "interrupt.h"
 #include "regs.h"
 #include "rtc.h"
@@ -48,6 +49,8 @@ struct av_vcpu_stats {
     uint64_t signals;
     uint64_t other;
     uint64_t python_ns;  /* spent outside av_vcpu_run() between two runs */
+    uint64_t delays;     /* sleeps because the VM had spent its budget, and how long they took */
+    uint64_t delayed_ns;
 };
 
 /* Which addresses are answered where; one a VM, complete before the first vCPU runs. */
@@ -68,6 +71,9 @@ int av_dispatch_add_regs(struct av_dispatch *dispatch, struct av_regs *regs);
  * that are Python's are exits at the memory-mapped address. Functions are added as registers;
  * of the others all reads give ones. */
 void av_dispatch_set_ecam(struct av_dispatch *dispatch, uint64_t gpa, uint64_t size_bytes);
+/* What the vCPUs' exits may take: processor time that their threads spend between two runs is
+ * charged to it, and while it is overdrawn they wait. Borrowed. */
+void av_dispatch_set_budget(struct av_dispatch *dispatch, struct av_budget *budget);
 
 struct av_vcpu;
 /* vcpu_fd and dispatch are borrowed. NULL: *error is the errno. */

@@ -18,12 +18,14 @@ struct av_vcpu {
     size_t run_bytes;
     int fd;
     struct av_dispatch *dispatch;
-    atomic_bool kicked;
+    _Atomic uint32_t kicked; /* a bool, as wide as a futex */
     atomic_bool in_run;
     _Atomic pid_t tid;
     enum pending pending;
     uint32_t pio_done; /* elements of the current string access already answered */
     uint64_t left_ns;  /* when av_vcpu_run() last returned; 0: never */
+    uint64_t left_cpu_ns; /* and the thread's processor time then */
+    uint32_t answered;    /* exits, here, since the budget was last looked at */
     struct av_vcpu_stats stats;
 };
 

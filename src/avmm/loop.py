@@ -10,6 +10,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from avmm.errors import HostError
@@ -89,16 +90,21 @@ class LoopBridge:
     """One VM's way from its threads to its loop.
 
     on_error: called on the loop with whatever an action raised; the caller is released all the
-    same, since a vCPU that waits for ever could not be stopped.
+    same, since a vCPU that waits for ever could not be stopped. charged: made anew for each action
+    and entered while it runs, so that its time can be taken.
 
     post() waits for nothing, so a thread may post faster than the loop performs: who posts what a
     guest asks for looks at `behind`, and calls instead.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, on_error: Callable[[BaseException], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        on_error: Callable[[BaseException], None],
+        charged: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self.loop = loop
+        self._charged = charged
         self._on_error = on_error
         self._lock = threading.Lock()
         self._closed = False
@@ -158,21 +164,23 @@ class LoopBridge:
     def _perform(self, action: Callable[[], None]) -> None:
         with self._lock:
             self._posted -= 1
-        try:
-            action()
-        except Exception as e:
-            self._on_error(e)
+        with self._charged():
+            try:
+                action()
+            except Exception as e:
+                self._on_error(e)
 
     def _start(
         self,
         action: Callable[[], Awaitable[None] | None],
         done: concurrent.futures.Future[None],
     ) -> None:
-        try:
-            result = action()
-        except Exception as e:
-            self._on_error(e)
-            result = None
+        with self._charged():
+            try:
+                result = action()
+            except Exception as e:
+                self._on_error(e)
+                result = None
         if not inspect.isawaitable(result):
             _release(done)
             return
@@ -188,7 +196,8 @@ class LoopBridge:
         except Exception as e:
             self._on_error(e)
         finally:
-            _release(done)
+            with self._charged():
+                _release(done)
 
 
 def _release(done: concurrent.futures.Future[None]) -> None:

@@ -72,7 +72,13 @@ def sectors_changed(disk: bytes) -> set[int]:
 
 @asynccontextmanager
 async def attacking(
-    folder: Path, device: Device, attack: str, *, cpus: int = 1, storm: str = ""
+    folder: Path,
+    device: Device,
+    attack: str,
+    *,
+    cpus: int = 1,
+    storm: str = "",
+    exit_share: float = 0.2,
 ) -> AsyncIterator[avmm.MicroVM]:
     """A machine with the device and a guest that attacks it; the disk is folder/"attacked"."""
     devices: dict[str, Any] = {}
@@ -99,6 +105,7 @@ async def attacking(
             cpus=cpus,
             transport=device.transport,  # type: ignore[arg-type]
             io_threads=device.io_threads,
+            exit_share=exit_share,
             **devices,
         )
         yield await stack.enter_async_context(avmm.MicroVM(config))

@@ -17,9 +17,9 @@ from avmm.bench.record import Case, Record, this_host
 from avmm.errors import HostError
 
 PEERS = ("qemu-storage-daemon", "qemu", "qemu-microvm", "kvmtool", "vhost")
-GROUPS = ("blk", "net", "boot", "exits", "embed")
+GROUPS = ("blk", "net", "boot", "exits", "embed", "attack")
 
-Group = Literal["blk", "net", "boot", "exits", "embed"]
+Group = Literal["blk", "net", "boot", "exits", "embed", "attack"]
 Ground = Literal["native", "guest"]
 
 
@@ -74,6 +74,7 @@ SUITES: tuple[Suite, ...] = (
     Suite("embed", "embed", "native", "avmm.bench.embed"),
     Suite("vsock-native", "embed", "native", "avmm.bench.vsock_native"),
     Suite("vsock-guest", "embed", "guest", "avmm.bench.guest.vsock"),
+    Suite("attack", "attack", "native", "avmm.bench.attack"),
     Suite("boot-guest", "boot", "guest", "avmm.bench.guest.start"),
 )
 

@@ -7,6 +7,7 @@ reverse order; the same stack takes a running machine down.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -32,6 +33,7 @@ from avmm.machine.pci_slots import PciSlots, acpi_root
 from avmm.machine.platform import Platform, add_platform
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.slots import Backplane, Slot, Surroundings, assign_slots, plug
+from avmm.machine.vcpu.budget import Budget
 from avmm.machine.vcpu.exits import Exits
 from avmm.machine.vcpu.setup import set_up
 from avmm.machine.vcpu.thread import VcpuThread
@@ -112,16 +114,20 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
         )
         devices = await plug(slots, backplane, surroundings)
         prepared = await asyncio.shield(preparing)
-    console = SerialConsole(platform.serial, config.scrollback_bytes)
+    budget = _budget(config, stack)
+    charged = contextlib.nullcontext if budget is None else budget.charged
+    console = SerialConsole(platform.serial, config.scrollback_bytes, charged)
     stack.callback(reports.console_closed)
     stack.callback(console.close)
     console.start()
     gate = Gate(asyncio.get_running_loop(), config.cpus)
-    bridge = LoopBridge(asyncio.get_running_loop(), on_error)
+    bridge = LoopBridge(asyncio.get_running_loop(), on_error, charged)
     exits = Exits(
         pio=platform.pio, mmio=platform.mmio, bridge=bridge, gate=gate, drain_uart=console.make_room
     )
     dispatch = _dispatch(platform, backplane, stack)
+    if budget is not None:
+        lib.av_dispatch_set_budget(dispatch, budget.native)
     vcpus = _create_vcpus(kvm, vm, config.cpus, prepared, stack)
     run_bytes = kvm.run_bytes()
     threads: list[VcpuThread] = []
@@ -225,6 +231,14 @@ def _backplane(
         return MmioSlots(vm, platform.mmio, stack)
     any_length = bool(kvm.extension("ioeventfd_any_length"))
     return PciSlots(vm, platform.mmio, config.memory_bytes, stack, any_length=any_length)
+
+
+def _budget(config: Config, stack: AsyncExitStack) -> Budget | None:
+    if config.exit_share == 1:
+        return None
+    budget = Budget(config.exit_share)
+    stack.callback(budget.close)
+    return budget
 
 
 def _dispatch(platform: Platform, backplane: Backplane, stack: AsyncExitStack) -> CData:

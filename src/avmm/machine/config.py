@@ -31,6 +31,7 @@ from avmm.virtio.python_device import PythonDevice, check_device
 _MEMORY_MIN_BYTES = 2 * MIB
 _IO_THREADS_MAX = 64
 _IO_POLL_MAX_US = 1_000_000
+EXIT_SHARE_MIN = 0.001
 
 DeviceConfig = Disk | AsyncDisk | Tap | Nic | Rng | Vsock | VirtioConsole | Ports | PythonDevice
 
@@ -101,6 +102,13 @@ class Config(Checked, frozen=True, kw_only=True):
         int,
         _meta("microseconds, at most, that an I/O thread looks for work before it sleeps"),
     ] = 50
+    exit_share: Annotated[
+        float,
+        _meta(
+            "the most that exits answered in Python may take of a processor's time, from 0.001 "
+            "to 1; a guest that wants more is slowed down, but by 1 never"
+        ),
+    ] = 0.2
     scrollback: Annotated[
         str | int, _meta("how much of its serial console's output is kept, in bytes or like 256K")
     ] = SCROLLBACK_BYTES
@@ -119,6 +127,10 @@ class Config(Checked, frozen=True, kw_only=True):
             check_program()
         if not self.stop_grace_s >= 0:
             raise ConfigError("grace", f"stop_grace_s: {self.stop_grace_s} is negative or no time")
+        if not EXIT_SHARE_MIN <= self.exit_share <= 1:
+            raise ConfigError(
+                "share", f"exit_share: {self.exit_share} is not in {EXIT_SHARE_MIN} to 1"
+            )
         check_scrollback(self.scrollback, "scrollback")
         check_io(self.io_threads, self.io_poll_us, self.all_devices())
         self._check_devices()

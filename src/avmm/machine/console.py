@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import contextlib
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 
 from avmm.console.console import SCROLLBACK_BYTES, Console
 from avmm.legacy.serial16550 import Serial16550
@@ -11,10 +13,19 @@ from avmm.loop import add_reader
 
 
 class SerialConsole:
-    """Moves bytes between a serial port and the console that it serves. Loop thread."""
+    """Moves bytes between a serial port and the console that it serves. Loop thread.
 
-    def __init__(self, serial: Serial16550, scrollback_bytes: int = SCROLLBACK_BYTES) -> None:
+    charged: made anew and entered whenever the guest's output made the loop work.
+    """
+
+    def __init__(
+        self,
+        serial: Serial16550,
+        scrollback_bytes: int = SCROLLBACK_BYTES,
+        charged: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self._serial = serial
+        self._charged = charged
         self.console = Console(
             "console",
             serial.put,
@@ -27,7 +38,7 @@ class SerialConsole:
     def start(self) -> None:
         """Begin to listen; needs a running loop. Raises HostError."""
         self._loop = asyncio.get_running_loop()
-        add_reader(self._loop, self._serial.event_fd, self.drain)
+        add_reader(self._loop, self._serial.event_fd, self._on_event)
 
     def close(self) -> None:
         """Take what is left and tell all readers that no more will come. Idempotent."""
@@ -38,6 +49,10 @@ class SerialConsole:
             self.console.receive(chunk)
         self.console.close()
         self._released.set()
+
+    def _on_event(self) -> None:
+        with self._charged():
+            self.drain()
 
     def drain(self) -> None:
         """Take what the guest wrote and give it what it may read next."""

@@ -28,7 +28,9 @@ HomeChoice = Annotated[
 @dataclass(frozen=True, slots=True)
 class HomeStatistics:
     """Counters of one home. turns: looks for events; runs: of lanes; sleeps, poll_hits and
-    poll_ns: of its own thread's, and the time it looked for work in vain."""
+    poll_ns: of its own thread's, and the time it looked for work in vain. vain_kicks: of the
+    guest's, with nothing new in its rings; deaf: times a device did not listen to them for 4 ms,
+    because there were too many."""
 
     name: str
     turns: int
@@ -36,6 +38,8 @@ class HomeStatistics:
     sleeps: int
     poll_hits: int
     poll_ns: int
+    vain_kicks: int
+    deaf: int
 
 
 class Home:
@@ -59,7 +63,7 @@ class Home:
             raise HostError("home", op=f"Home {name}", errno=error[0])
         self._fd = int(lib.av_home_fd(self.native))
         self._notice_fd = int(lib.av_home_notice_fd(self.native))
-        self._final_statistics = HomeStatistics(name, 0, 0, 0, 0, 0)
+        self._final_statistics = HomeStatistics(name, 0, 0, 0, 0, 0, 0, 0)
         try:
             if poll_us is None:
                 add_reader(loop, self._fd, self._turn)
@@ -76,7 +80,16 @@ class Home:
             return self._final_statistics
         s = ffi.new("struct av_home_stats *")
         lib.av_home_statistics(self.native, s)
-        return HomeStatistics(self.name, s.turns, s.runs, s.sleeps, s.poll_hits, s.poll_ns)
+        return HomeStatistics(
+            name=self.name,
+            turns=s.turns,
+            runs=s.runs,
+            sleeps=s.sleeps,
+            poll_hits=s.poll_hits,
+            poll_ns=s.poll_ns,
+            vain_kicks=s.vain_kicks,
+            deaf=s.deaf,
+        )
 
     def close(self) -> None:
         """End it; every lane must be gone. Idempotent."""

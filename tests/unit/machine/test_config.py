@@ -169,6 +169,11 @@ def test_a_negative_grace_is_refused() -> None:
     assert "negative" in refused(stop_grace_s=-1.0)
 
 
+@pytest.mark.parametrize("share", [0.0, -0.2, 0.0001, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    assert "exit_share" in refused(exit_share=share)
+
+
 def test_option_strings_are_parsed_by_the_structs_fields() -> None:
     assert parse_option("/x,ro,id=y", avmm.Disk, "--disk") == avmm.Disk(
         "/x", read_only=True, id="y"

@@ -22,6 +22,8 @@ class VcpuStatistics:
 
     pio, mmio: in Python; uart, interrupt, registers, unassigned: in C, without the GIL.
     python_ns: time the thread spent outside the C loop, all exits together.
+    delays: times it slept because the microVM had used up Config(exit_share=...); delayed_ns: and
+    for how long, all together.
     """
 
     pio: int
@@ -33,6 +35,8 @@ class VcpuStatistics:
     signals: int
     other: int
     python_ns: int
+    delays: int
+    delayed_ns: int
 
 
 class VcpuThread:
@@ -93,6 +97,8 @@ class VcpuThread:
             signals=stats.signals,
             other=stats.other,
             python_ns=stats.python_ns,
+            delays=stats.delays,
+            delayed_ns=stats.delayed_ns,
         )
 
     def close(self) -> None:
