@@ -307,7 +307,10 @@ uint32_t av_lane_add_source(struct av_lane *lane, int fd, uint32_t epoll_events)
 
 void av_lane_set_kick(struct av_lane *lane, uint32_t index, int kick_fd)
 {
-    lane->source[index].fd = kick_fd;
+    lock(lane->home);
+    if (!lane->registered)
+        lane->source[index].fd = kick_fd;
+    unlock(lane->home);
 }
 
 void av_lane_lock(struct av_lane *lane)
@@ -411,5 +414,10 @@ uint32_t av_lane_notice(struct av_lane *lane)
 
 int av_lane_error(const struct av_lane *lane)
 {
-    return lane->error;
+    int error;
+
+    lock(lane->home);
+    error = lane->error;
+    unlock(lane->home);
+    return error;
 }

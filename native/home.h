@@ -41,7 +41,8 @@ void av_home_statistics(struct av_home *home, struct av_home_stats *out);
 struct av_lane;
 /* AV_LANE_NEWS: the device itself has something to tell. */
 enum av_lane_notice { AV_LANE_RESTED = 1, AV_LANE_FAILED = 2, AV_LANE_NEWS = 4 };
-/* The descriptor that announces chains on the lane's ring `index`; borrowed, -1: none. At rest. */
+/* The descriptor that announces chains on the lane's ring `index`; borrowed, -1: none. Nothing when
+ * the lane runs. */
 void av_lane_set_kick(struct av_lane *lane, uint32_t index, int kick_fd);
 /* Take chains, beginning with those already there. 0 or -errno. Nothing when it runs. */
 int av_lane_start(struct av_lane *lane);

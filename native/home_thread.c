@@ -124,6 +124,9 @@ static void *thread_main(void *argument)
             continue;
         if (av_home_arm(home))
             continue;
+        /* work() may have taken in the event that announces the end, after it looked. */
+        if (atomic_load(&home->ending))
+            break;
         home->stats.sleeps++;
         slept_at = now_ns();
         pthread_mutex_unlock(&home->lock);

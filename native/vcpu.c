@@ -125,12 +125,12 @@ static void wait_for_budget(struct av_vcpu *vcpu)
         struct timespec wait = { .tv_sec = (time_t)(wait_ns / SECOND_NS),
                                  .tv_nsec = (long)(wait_ns % SECOND_NS) };
 
-        vcpu->stats.delays += !delayed;
+        av_count(&vcpu->stats.delays, !delayed);
         delayed = true;
         syscall(SYS_futex, &vcpu->kicked, FUTEX_WAIT_PRIVATE, 0, &wait, NULL, 0);
         now = now_ns();
     }
-    vcpu->stats.delayed_ns += now - began;
+    av_count(&vcpu->stats.delayed_ns, now - began);
 }
 
 /* Time that was spent outside of av_vcpu_run(). Of the thread's processor time, since waiting for
@@ -139,7 +139,7 @@ static void charge(struct av_vcpu *vcpu)
 {
     uint64_t now = now_ns();
 
-    vcpu->stats.python_ns += now - vcpu->left_ns;
+    av_count(&vcpu->stats.python_ns, now - vcpu->left_ns);
     if (vcpu->dispatch->budget != NULL)
         av_budget_spend(vcpu->dispatch->budget,
                         clock_ns(CLOCK_THREAD_CPUTIME_ID) - vcpu->left_cpu_ns, now);
@@ -157,7 +157,7 @@ static void final_exit(struct av_vcpu *vcpu, struct av_exit *out)
 {
     const struct kvm_run *run = vcpu->run;
 
-    vcpu->stats.other++;
+    av_count(&vcpu->stats.other, 1);
     switch (run->exit_reason) {
     case KVM_EXIT_HLT:
         out->kind = AV_EXIT_HLT;
@@ -210,7 +210,7 @@ static int run_once(struct av_vcpu *vcpu, struct av_exit *exit)
     if (ioctl(vcpu->fd, KVM_RUN, 0) != 0) {
         if (errno != EINTR && errno != EAGAIN)
             return -errno;
-        vcpu->stats.signals++;
+        av_count(&vcpu->stats.signals, 1);
         if (!take_kick(vcpu))
             return 0;
         exit->kind = AV_EXIT_KICKED;
@@ -259,8 +259,21 @@ int av_vcpu_run(struct av_vcpu *vcpu, struct av_exit *exit)
 
 void av_vcpu_statistics(const struct av_vcpu *vcpu, struct av_vcpu_stats *out)
 {
-    /* Word-sized counters of another thread: each is exact, their sum is a moment's picture. */
-    *out = vcpu->stats;
+    const struct av_vcpu_stats *stats = &vcpu->stats;
+
+    *out = (struct av_vcpu_stats){
+        .pio_python = av_counted(&stats->pio_python),
+        .mmio_python = av_counted(&stats->mmio_python),
+        .uart = av_counted(&stats->uart),
+        .interrupt = av_counted(&stats->interrupt),
+        .registers = av_counted(&stats->registers),
+        .unassigned = av_counted(&stats->unassigned),
+        .signals = av_counted(&stats->signals),
+        .other = av_counted(&stats->other),
+        .python_ns = av_counted(&stats->python_ns),
+        .delays = av_counted(&stats->delays),
+        .delayed_ns = av_counted(&stats->delayed_ns),
+    };
 }
 
 int av_ioctl_value(int fd, unsigned long request, unsigned long value)

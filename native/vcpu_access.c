@@ -48,10 +48,10 @@ static enum answer registers(struct av_vcpu *vcpu, uint64_t gpa, bool write, uin
             continue;
         if (write ? av_regs_write(regs, offset, size, data)
                   : av_regs_read(regs, offset, size, data)) {
-            vcpu->stats.registers++;
+            av_count(&vcpu->stats.registers, 1);
             return ANSWERED;
         }
-        vcpu->stats.mmio_python++;
+        av_count(&vcpu->stats.mmio_python, 1);
         hand_out(out, true, write, gpa, data, size);
         return FOR_PYTHON;
     }
@@ -72,7 +72,7 @@ static enum answer pci_port(struct av_vcpu *vcpu, bool write, uint8_t *data, str
             address = atomic_load(&dispatch->pci_address);
             memcpy(data, &address, sizeof(address));
         }
-        vcpu->stats.registers++;
+        av_count(&vcpu->stats.registers, 1);
         return ANSWERED;
     }
     address = atomic_load(&dispatch->pci_address);
@@ -97,7 +97,7 @@ static bool pio_element(struct av_vcpu *vcpu, struct av_exit *out)
     enum answer answer;
 
     if (dispatch->uart != NULL && offset < UART_PORTS && run->io.size == 1) {
-        vcpu->stats.uart++;
+        av_count(&vcpu->stats.uart, 1);
         if (!write) {
             *data = (uint8_t)av_uart_read(dispatch->uart, (uint32_t)offset);
             return false;
@@ -108,7 +108,7 @@ static bool pio_element(struct av_vcpu *vcpu, struct av_exit *out)
         return true;
     }
     if (dispatch->rtc != NULL && rtc_offset < RTC_PORTS && run->io.size == 1) {
-        vcpu->stats.registers++;
+        av_count(&vcpu->stats.registers, 1);
         if (write)
             av_rtc_write(dispatch->rtc, (uint32_t)rtc_offset, *data);
         else
@@ -121,12 +121,12 @@ static bool pio_element(struct av_vcpu *vcpu, struct av_exit *out)
             return answer == FOR_PYTHON;
     }
     if (!av_range_table_has(&dispatch->pio, run->io.port)) {
-        vcpu->stats.unassigned++;
+        av_count(&vcpu->stats.unassigned, 1);
         if (!write)
             memset(data, 0xff, run->io.size);
         return false;
     }
-    vcpu->stats.pio_python++;
+    av_count(&vcpu->stats.pio_python, 1);
     hand_out(out, false, write, run->io.port, data, run->io.size);
     return true;
 }
@@ -159,7 +159,7 @@ static bool mmio_interrupt(struct av_vcpu *vcpu, struct av_interrupt *interrupt,
     } else {
         return false;
     }
-    vcpu->stats.interrupt++;
+    av_count(&vcpu->stats.interrupt, 1);
     return true;
 }
 
@@ -187,12 +187,12 @@ bool av_vcpu_mmio_exit(struct av_vcpu *vcpu, struct av_exit *out)
     }
     if (gpa - dispatch->ecam < dispatch->ecam_bytes ||
         !av_range_table_has(&dispatch->mmio, gpa)) {
-        vcpu->stats.unassigned++;
+        av_count(&vcpu->stats.unassigned, 1);
         if (!run->mmio.is_write)
             memset(run->mmio.data, 0xff, sizeof(run->mmio.data));
         return false;
     }
-    vcpu->stats.mmio_python++;
+    av_count(&vcpu->stats.mmio_python, 1);
     hand_out(out, true, run->mmio.is_write, gpa, run->mmio.data, run->mmio.len);
     vcpu->pending = PENDING_MMIO;
     return true;

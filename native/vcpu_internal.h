@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <sys/types.h>
 
+#include "counter.h"
 #include "dispatch.h"
 #include "vcpu.h"
 

@@ -82,30 +82,38 @@ uint32_t av_vring_base(const struct av_vring *ring)
 
 void av_vring_statistics(const struct av_vring *ring, struct av_vring_stats *out)
 {
-    *out = ring->stats;
-    out->fault = ring->fault;
-    out->size = ring->size;
-    out->next_avail = ring->next_avail;
-    out->next_used = ring->next_used;
-    out->running = ring->running;
-    out->packed = ring->is_packed;
-    out->event_idx = ring->event_idx;
-    out->in_order = ring->in_order;
+    const struct av_vring_stats *stats = &ring->stats;
+
+    *out = (struct av_vring_stats){
+        .kicks = av_counted(&stats->kicks),
+        .chains = av_counted(&stats->chains),
+        .used = av_counted(&stats->used),
+        .interrupts = av_counted(&stats->interrupts),
+        .suppressed = av_counted(&stats->suppressed),
+        .fault = av_vring_fault(ring),
+        .size = ring->size,
+        .next_avail = av_load16(&ring->next_avail),
+        .next_used = av_load16(&ring->next_used),
+        .running = ring->running,
+        .packed = ring->is_packed,
+        .event_idx = ring->event_idx,
+        .in_order = ring->in_order,
+    };
 }
 
 int av_vring_fault(const struct av_vring *ring)
 {
-    return ring->fault;
+    return __atomic_load_n(&ring->fault, __ATOMIC_RELAXED);
 }
 
 void av_vring_fail(struct av_vring *ring, int fault)
 {
-    ring->fault = fault;
+    av_vring_break(ring, fault);
 }
 
 void av_vring_count_kick(struct av_vring *ring)
 {
-    ring->stats.kicks++;
+    av_count(&ring->stats.kicks, 1);
 }
 
 int av_vring_pop(struct av_vring *ring, struct av_chain *out, struct iovec *iov, uint32_t iov_max)
@@ -119,7 +127,7 @@ int av_vring_pop(struct av_vring *ring, struct av_chain *out, struct iovec *iov,
     result = ring->is_packed ? av_vring_packed_pop(ring, out, iov, iov_max)
                              : av_vring_split_pop(ring, out, iov, iov_max);
     if (result > 0)
-        ring->stats.chains++;
+        av_count(&ring->stats.chains, 1);
     if (result > 0 && ring->inflight.region != NULL)
         av_inflight_take(ring, out->head);
     return result;
@@ -131,7 +139,7 @@ void av_vring_unpop(struct av_vring *ring)
         av_vring_packed_unpop(ring);
     else
         av_vring_split_unpop(ring);
-    ring->stats.chains--;
+    av_count(&ring->stats.chains, UINT64_MAX); /* one less */
 }
 
 void av_vring_push(struct av_vring *ring, uint16_t head, uint32_t written_bytes)
@@ -144,7 +152,7 @@ void av_vring_push(struct av_vring *ring, uint16_t head, uint32_t written_bytes)
         av_vring_packed_push(ring, head, written_bytes);
     else
         av_vring_split_push(ring, head, written_bytes);
-    ring->stats.used++;
+    av_count(&ring->stats.used, 1);
 }
 
 void av_vring_show(struct av_vring *ring)
@@ -184,10 +192,10 @@ void av_vring_flush(struct av_vring *ring)
      * driver would sleep with work in the ring. */
     atomic_thread_fence(memory_order_seq_cst);
     if (wants_interrupt(ring, shown)) {
-        ring->stats.interrupts++;
+        av_count(&ring->stats.interrupts, 1);
         av_interrupt_raise(ring->interrupt, 1);
     } else {
-        ring->stats.suppressed++;
+        av_count(&ring->stats.suppressed, 1);
     }
 }
 

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "counter.h"
 #include "vring.h"
 
 /* Both layouts' flags of a descriptor. */
@@ -101,6 +102,7 @@ struct av_vring {
     bool in_order;
     bool last_whole; /* IN_ORDER: the last used buffer may be skipped */
     uint16_t size;
+    /* These two are read by av_vring_statistics(), on any thread: they change in one store. */
     uint16_t next_avail; /* next chain to take: split an index, packed an offset */
     uint16_t next_used;  /* next used element to fill; likewise */
     uint16_t shown;      /* by publish(), and not looked at for an interrupt yet */
@@ -124,7 +126,7 @@ static inline void av_store16(uint16_t *at, uint16_t value)
 
 static inline int av_vring_break(struct av_vring *ring, int fault)
 {
-    ring->fault = fault;
+    __atomic_store_n(&ring->fault, fault, __ATOMIC_RELAXED);
     return -EPROTO;
 }
 

@@ -135,7 +135,7 @@ static void advance(const struct av_vring *ring, uint16_t *at, bool *wrap, uint3
         next -= ring->size;
         *wrap = !*wrap;
     }
-    *at = (uint16_t)next;
+    av_store16(at, (uint16_t)next);
 }
 
 int av_vring_packed_pop(struct av_vring *ring, struct av_chain *out, struct iovec *iov,
@@ -174,14 +174,16 @@ void av_vring_packed_unpop(struct av_vring *ring)
     struct av_packed *packed = &ring->packed;
     struct av_taken *taken = &ring->taken[packed->order[--packed->popped % AV_VRING_SIZE_MAX]];
     uint16_t count = taken->descs;
+    uint32_t next;
 
     taken->descs = 0;
     packed->in_flight -= count;
-    if (ring->next_avail < count) {
-        ring->next_avail += ring->size;
+    next = ring->next_avail;
+    if (next < count) {
+        next += ring->size;
         packed->avail_wrap = !packed->avail_wrap;
     }
-    ring->next_avail -= count;
+    av_store16(&ring->next_avail, (uint16_t)(next - count));
 }
 
 void av_vring_packed_push(struct av_vring *ring, uint16_t head, uint32_t written_bytes)

@@ -117,13 +117,13 @@ int av_vring_split_pop(struct av_vring *ring, struct av_chain *out, struct iovec
     if (again)
         ring->inflight.again_at++;
     else
-        ring->next_avail++;
+        av_store16(&ring->next_avail, (uint16_t)(ring->next_avail + 1));
     return 1;
 }
 
 void av_vring_split_unpop(struct av_vring *ring)
 {
-    ring->next_avail--;
+    av_store16(&ring->next_avail, (uint16_t)(ring->next_avail - 1));
 }
 
 void av_vring_split_push(struct av_vring *ring, uint16_t head, uint32_t written_bytes)
@@ -139,7 +139,7 @@ void av_vring_split_push(struct av_vring *ring, uint16_t head, uint32_t written_
     __atomic_store_n(&elem->len, written_bytes, __ATOMIC_RELAXED);
     if (ring->in_order)
         ring->last_whole = written_bytes == ring->taken[head].writable_bytes;
-    ring->next_used++;
+    av_store16(&ring->next_used, (uint16_t)(ring->next_used + 1));
 }
 
 uint16_t av_vring_split_publish(struct av_vring *ring)
