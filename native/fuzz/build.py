@@ -22,16 +22,19 @@ CORPORA = NATIVE.parent / "tests/corpora"
 PREFIX = "target_"
 REPLAY = HERE / "replay.c"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREAD_SANITIZER = ("-fsanitize=thread",)
 
 
 @dataclass(frozen=True)
 class Target:
-    """parsers: the library whose coverage counts. helpers: what targets of a kind share."""
+    """parsers: the library whose coverage counts. helpers: what targets of a kind share.
+    threads: it has threads, and so the host's real clock."""
 
     name: str
     source: Path
     parsers: tuple[Path, ...]
     helpers: tuple[Path, ...]
+    threads: bool = False
     link: tuple[str, ...] = ("-luring", "-lpthread")
 
     @property
@@ -55,17 +58,20 @@ class Toolchain:
 REPLACED = ("clock_gettime", "clock_settime", "time", "getrandom", "mmap", "munmap")
 REPLACED += ("kill", "_exit", "connect")
 
-LIBFUZZER = Toolchain(
-    "clang",
-    ("-O1", "-Wall", "-Wextra", "-Wshadow", "-Werror", *SANITIZERS),
-    coverage=("-fsanitize=fuzzer-no-link",),
-    engine=("-fsanitize=fuzzer",),
-)
+
+def fuzzing(sanitizers: Sequence[str]) -> Toolchain:
+    """Programs that are libFuzzer."""
+    return Toolchain(
+        "clang",
+        ("-O1", "-Wall", "-Wextra", "-Wshadow", "-Werror", *sanitizers),
+        coverage=("-fsanitize=fuzzer-no-link",),
+        engine=("-fsanitize=fuzzer",),
+    )
 
 
-def replaying(compiler: str) -> Toolchain:
+def replaying(compiler: str, sanitizers: Sequence[str]) -> Toolchain:
     """Programs that take files and give each to the target."""
-    return Toolchain(compiler, ("-O0", *SANITIZERS), main=(REPLAY,))
+    return Toolchain(compiler, ("-O0", *sanitizers), main=(REPLAY,))
 
 
 def targets() -> list[Target]:
@@ -80,7 +86,8 @@ def targets() -> list[Target]:
         if name.startswith("agent"):
             found.append(Target(name, source, tuple(agent), few))
         else:
-            found.append(Target(name, source, tuple(shim), tuple(shared)))
+            threads = name.startswith("state")
+            found.append(Target(name, source, tuple(shim), tuple(shared), threads=threads))
     return found
 
 
@@ -90,19 +97,14 @@ def build(chosen: Sequence[Target], toolchain: Toolchain, folder: Path) -> dict[
     Raises subprocess.CalledProcessError with the compiler's words in `stderr`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parsers = {path for target in chosen for path in target.parsers}
-    helpers = {path for target in chosen for path in (target.source, *target.helpers)}
-    sources = helpers | {*toolchain.main}
+    wanted = {key for target in chosen for key in _sources(target, toolchain)}
     headers = (Path(__file__), *NATIVE.rglob("*.h"))
     newest = max(path.stat().st_mtime for path in headers)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        replace = tuple(f"-D{name}=fuzz_{name}" for name in REPLACED)
-        extra = dict.fromkeys(parsers, (*toolchain.coverage, *replace))
         jobs = {
-            path: pool.submit(_compile, path, toolchain, extra.get(path, ()), folder, newest)
-            for path in sorted(parsers | sources)
+            key: pool.submit(_compile, key, toolchain, folder, newest) for key in sorted(wanted)
         }
-        objects = {path: job.result() for path, job in jobs.items()}
+        objects = {key: job.result() for key, job in jobs.items()}
         links = [pool.submit(_link, target, toolchain, objects, folder) for target in chosen]
         return {target.name: link.result() for target, link in zip(chosen, links, strict=True)}
 
@@ -111,10 +113,24 @@ def _run(command: Sequence[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def _compile(
-    source: Path, toolchain: Toolchain, extra: Sequence[str], folder: Path, newest: float
-) -> Path:
-    made = folder / ("-".join(source.relative_to(NATIVE).parts) + ".o")
+Key = tuple[Path, str]
+"""A source, and as what it is compiled: "helper", "parser" on the input's host, or "real"."""
+
+
+def _sources(target: Target, toolchain: Toolchain) -> list[Key]:
+    """What is linked: the target itself and main first, then what goes into the archive."""
+    parser = "real" if target.threads else "parser"
+    own = [(path, "helper") for path in (target.source, *toolchain.main)]
+    library = [(path, parser) for path in target.parsers]
+    return own + library + [(path, "helper") for path in target.helpers]
+
+
+def _compile(key: Key, toolchain: Toolchain, folder: Path, newest: float) -> Path:
+    source, role = key
+    made = folder / ("-".join(source.relative_to(NATIVE).parts) + f".{role}.o")
+    extra = () if role == "helper" else toolchain.coverage
+    if role == "parser":
+        extra += tuple(f"-D{name}=fuzz_{name}" for name in REPLACED)
     if source.name.startswith(PREFIX):  # it may include a source
         newest = max(path.stat().st_mtime for path in NATIVE.rglob("*.c"))
     if made.exists() and made.stat().st_mtime > max(newest, source.stat().st_mtime):
@@ -125,14 +141,15 @@ def _compile(
     return made
 
 
-def _link(target: Target, toolchain: Toolchain, objects: dict[Path, Path], folder: Path) -> Path:
+def _link(target: Target, toolchain: Toolchain, objects: dict[Key, Path], folder: Path) -> Path:
     """All but the target itself goes in by an archive: only what it reaches."""
     program = folder / f"fuzz-{target.name}"
     archive = program.with_suffix(".a")
     archive.unlink(missing_ok=True)
-    library = (str(objects[path]) for path in (*target.parsers, *target.helpers))
+    made = [str(objects[key]) for key in _sources(target, toolchain)]
+    count = 1 + len(toolchain.main)
+    own, library = made[:count], made[count:]
     _run(["ar", "rcsT", str(archive), *library])
-    own = [str(objects[path]) for path in (target.source, *toolchain.main)]
     options = (*toolchain.options, *toolchain.engine)
     command = [toolchain.compiler, *options, *own, str(archive), *target.link]
     _run([*command, "-o", str(program)])

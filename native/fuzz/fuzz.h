@@ -2,7 +2,8 @@
  *
  * A target is one file, target_NAME.c, that has LLVMFuzzerTestOneInput(). It reads the input as
  * what a guest or peer may write, in whatever order, and checks what has to hold after each step.
- * The same input always does the same: nothing depends on time, threads or earlier inputs. */
+ * The same input always does the same: nothing depends on time, threads or earlier inputs; but for
+ * target_state.c, which is about threads. */
 #ifndef AV_FUZZ_H
 #define AV_FUZZ_H
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from build import CORPORA, LIBFUZZER, NATIVE, Target, build, targets
+from build import CORPORA, NATIVE, SANITIZERS, THREAD_SANITIZER, Target, build, fuzzing, targets
 
 WORK = NATIVE.parent / "build/fuzz"
 FOUND = WORK / "found"
@@ -24,7 +24,12 @@ RSS_LIMIT_MIB = 1024
 
 LIMITS = (f"-timeout={TIMEOUT_S}", f"-rss_limit_mb={RSS_LIMIT_MIB}")
 # After a fault the input is what matters, and it is kept.
-ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=1:allocator_may_return_null=1"}
+ENVIRONMENT = {
+    "ASAN_OPTIONS": "detect_leaks=1:allocator_may_return_null=1",
+    # What allocates memory in a signal's handler is libFuzzer, for its limit of time. A failing
+    # target is let go with the report, for libFuzzer to keep the input.
+    "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,28 @@ def last(pattern: str, text: str) -> int:
     return int(found[-1]) if found else 0
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a target is run: `note` tells it from the same target under the other sanitizers."""
+
+    target: Target
+    program: Path
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.target.name + self.note
+
+
+def ways(chosen: list[Target]) -> list[Way]:
+    """Build all; those with threads twice. Raises subprocess.CalledProcessError."""
+    programs = build(chosen, fuzzing(SANITIZERS), WORK / "programs")
+    threaded = [target for target in chosen if target.threads]
+    watched = build(threaded, fuzzing(THREAD_SANITIZER), WORK / "programs-thread")
+    plain = [Way(target, programs[target.name]) for target in chosen]
+    return plain + [Way(target, watched[target.name], " (threads)") for target in threaded]
+
+
 def run(target: Target, program: Path, seconds: int) -> Outcome:
     """Fuzz one target, from its committed corpus and what earlier runs have added to that."""
     grown = GROWN / target.name
@@ -54,6 +81,8 @@ def run(target: Target, program: Path, seconds: int) -> Outcome:
     before = set(FOUND.iterdir())
     command = [str(program), f"-max_total_time={seconds}", f"-max_len={INPUT_BYTES_MAX}", *LIMITS]
     command += ["-print_final_stats=1", f"-artifact_prefix={FOUND}/{target.name}-"]
+    # Threads take long to start, so each input is to be worth it.
+    command += ["-len_control=0"] if target.threads else []
     ended = subprocess.run(
         [*command, str(grown), str(target.corpus)],
         stdout=subprocess.DEVNULL,
@@ -118,28 +147,31 @@ def main() -> int:
         return 2
     chosen = [known[name] for name in options.target] or list(known.values())
     try:
-        programs = build(chosen, LIBFUZZER, WORK / "programs")
+        found = ways(chosen)
     except subprocess.CalledProcessError as e:
         print(e.stderr, file=sys.stderr)
         return 1
     failed = False
-    for target in chosen:
+    for way in found:
+        target = way.target
         if options.merge:
-            merge(target, programs[target.name])
+            if way.note:
+                continue
+            merge(target, way.program)
             sizes = [path.stat().st_size for path in target.corpus.iterdir()]
             print(f"{target.name}: {len(sizes)} files, {sum(sizes)} bytes", flush=True)
             continue
-        outcome = run(target, programs[target.name], options.seconds)
+        outcome = run(target, way.program, options.seconds)
         failed |= outcome.status != 0
         print(
-            f"{target.name}: {outcome.executions} executions, {outcome.executions_per_s}/s,"
+            f"{way.name}: {outcome.executions} executions, {outcome.executions_per_s}/s,"
             f" {outcome.edges} of {outcome.edges_there} edges",
             flush=True,
         )
         if outcome.status != 0:
             print(outcome.output[-6000:], file=sys.stderr)
             why = f"by the input {outcome.kept}" if outcome.kept else "with no input kept"
-            print(f"{target.name}: FAILED, {why}, status {outcome.status}", flush=True)
+            print(f"{way.name}: FAILED, {why}, status {outcome.status}", flush=True)
     return 1 if failed else 0
 
 

@@ -44,7 +44,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     if not _has_sanitizers("gcc", folder):
         pytest.skip("NOT CHECKED: gcc cannot build with -fsanitize=address,undefined here")
     try:
-        built: dict[str, Path] = build.build(list(TARGETS.values()), build.replaying("gcc"), folder)
+        built: dict[str, Path] = build.build(
+            list(TARGETS.values()), build.replaying("gcc", build.SANITIZERS), folder
+        )
     except subprocess.CalledProcessError as e:
         pytest.fail(e.stderr)
     return built
