@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 import avmm
-from kvm.attacker import HANG_S, Device, attacking, neighbour, nothing_left
+from kvm.attacker import (
+    HANG_S,
+    Device,
+    attack,
+    attacking,
+    neighbour,
+    nothing_left,
+    sectors_changed,
+)
 
 pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
 
@@ -114,3 +122,15 @@ async def test_sound_work_is_neither_delayed_nor_unheard(tmp_path: Path) -> None
     async with attacking(tmp_path, PCI, "storm", storm="requests") as vm:
         await until(lambda: vm.statistics().devices["blk0"].queues[0].used > 300)
         assert (delays(vm), deaf(vm)) == (0, 0)
+
+
+@pytest.mark.parametrize("end", ["triple-fault", "nowhere"])
+async def test_a_guest_that_destroys_itself_ends_alone_and_leaves_nothing(
+    tmp_path: Path, end: str
+) -> None:
+    with nothing_left():
+        async with neighbour(tmp_path):
+            outcome = await attack(tmp_path, PCI, end)
+    assert outcome.reason.kind in (avmm.ExitKind.CRASH, avmm.ExitKind.ERROR), outcome.reason
+    assert outcome.faults == []
+    assert sectors_changed(outcome.disk) == set()

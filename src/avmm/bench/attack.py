@@ -40,18 +40,21 @@ Transport = Literal["pci", "mmio"]
 
 @dataclass(frozen=True, slots=True)
 class Storm:
-    """name: in native/attacker/storms.c. aims: whether its row has one: requests that are sound
-    are work, of which a guest may have as much as it gets."""
+    """name: in native/attacker/storms.c. kind: the device's; Python serves vsock, native code blk.
+    aims: whether its row has one: requests that are sound are work, of which a guest may have as
+    much as it gets."""
 
     name: str
     what: str
     transport: Transport = "pci"
+    kind: Literal["blk", "vsock"] = "blk"
     aims: bool = True
 
 
 STORMS = (
     Storm("kick", "kicks without requests"),
     Storm("kick", "kicks without requests, virtio-mmio", "mmio"),
+    Storm("kick", "kicks without requests, queues of Python's", kind="vsock"),
     Storm("stray-kick", "kicks of no queue"),
     Storm("unassigned", "writes to no port"),
     Storm("port", "port reads answered in Python"),
@@ -117,14 +120,15 @@ async def measure(folder: Path, storm: Storm | None, seconds: float) -> tuple[fl
 
 def attacking(folder: Path, storm: Storm, cpus: int = CPUS) -> Config:
     """A microVM whose guest does it for ever, on all its vCPUs."""
-    words = {"kind": "blk", "transport": storm.transport, "cpus": cpus, "storm": storm.name}
+    words = {"kind": storm.kind, "transport": storm.transport, "cpus": cpus, "storm": storm.name}
     return Config(
         kernel=str(PROGRAM),
         memory=MEMORY_BYTES,
         cmdline=command_line("storm", **words),  # type: ignore[arg-type]
         cpus=cpus,
         transport=storm.transport,
-        disks=[Disk(_disk(folder, "attacker"))],
+        disks=[Disk(_disk(folder, "attacker"))] if storm.kind == "blk" else [],
+        vsock=storm.kind == "vsock",
     )
 
 

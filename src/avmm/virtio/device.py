@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from avmm.errors import BugError, GuestFault, HostError
 from avmm.frozen import FrozenDict
+from avmm.kicks import Kicks
 from avmm.native import CData
 from avmm.virtio import features
 from avmm.virtio.devtype import DeviceContext, DeviceType
@@ -122,6 +123,8 @@ class VirtioDevice(Hooks):
         self.config = ConfigSpace()
         self.ignored = 0
         self.pump = Pump(context.loop, self._on_error)
+        self._kicks = Kicks()
+        self._chains_at_kick: dict[int, int] = {}
         self.queues: list[Queue] = []
         self._lanes: list[Lane] = []
         self._faults = 0
@@ -279,9 +282,20 @@ class VirtioDevice(Hooks):
                 lane.start()
         for queue in self.queues:
             if queue.ready and queue not in served and self.is_kicked(queue.index):
-                self.pump.watch(queue.kick_fd, functools.partial(self.kick, queue.index))
+                self.pump.watch(queue.kick_fd, functools.partial(self._kicked, queue))
                 # The driver may have offered chains while its kicks were switched off.
                 queue.notify()
+
+    def _kicked(self, queue: Queue) -> bool:
+        """A queue that Python serves was kicked: for a reason, if chains have been taken off it
+        since the last time, which may be later than a kick."""
+        more = self.kick(queue.index)
+        chains = queue.statistics().chains
+        rest_s = self._kicks.judge(chains != self._chains_at_kick.get(queue.index, 0))
+        self._chains_at_kick[queue.index] = chains
+        if rest_s:
+            self.pump.rest(queue.kick_fd, rest_s)
+        return more
 
     def _hold(self) -> None:
         """Take no more chains."""

@@ -27,6 +27,7 @@ class Pump:
         self._on_error = on_error
         self._work: dict[int, Work] = {}
         self._again: dict[int, asyncio.Handle] = {}
+        self._resting: dict[int, asyncio.Handle] = {}
 
     def watch(self, fd: int, work: Work) -> None:
         """Call `work` whenever `fd` is readable, until unwatch(). Idempotent. Raises HostError."""
@@ -37,14 +38,34 @@ class Pump:
     def unwatch(self, fd: int) -> None:
         """Undo watch(); before the descriptor is closed. Idempotent."""
         if self._work.pop(fd, None) is not None:
-            self._loop.remove_reader(fd)
+            if resting := self._resting.pop(fd, None):
+                resting.cancel()
+            else:
+                self._loop.remove_reader(fd)
         if again := self._again.pop(fd, None):
             again.cancel()
+
+    def rest(self, fd: int, rest_s: float) -> None:
+        """Do not look at `fd` for so long, and then do its work whether it is readable or not.
+        Nothing when it is not watched, or rests already."""
+        if fd in self._work and fd not in self._resting:
+            self._loop.remove_reader(fd)
+            self._resting[fd] = self._loop.call_later(rest_s, self._wake, fd)
 
     def stop(self) -> None:
         """Watch nothing any more. Idempotent."""
         for fd in tuple(self._work):
             self.unwatch(fd)
+
+    def _wake(self, fd: int) -> None:
+        del self._resting[fd]
+        work = self._work.pop(fd)
+        try:
+            self.watch(fd, work)
+        except Exception as e:
+            self._on_error(e)
+            return
+        self._run(fd)
 
     def _run(self, fd: int) -> None:
         if self._again and (again := self._again.pop(fd, None)):

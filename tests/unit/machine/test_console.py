@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from avmm.errors import HostError
+from avmm.kicks import Kicks
 from avmm.legacy.serial16550 import Serial16550
 from avmm.machine.console import SerialConsole
 from avmm.native import lib
@@ -121,3 +123,61 @@ async def test_the_end_of_the_guest_gives_a_reader_all_that_was_held(port: Port)
         await settle()
     port.line.close()
     assert await reader.read() == b"z" * 500
+
+
+def judge_by(rest_s: float) -> Callable[[Kicks, bool], float]:
+    return lambda kicks, worked: 0.0 if worked else rest_s
+
+
+async def test_a_guest_that_prints_by_the_byte_is_drained_now_and_then(
+    port: Port, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kicks, "judge", judge_by(1e6))
+    reader, _ = port.console.open()
+    port.guest_writes(b"a")
+    assert await reader.readexactly(1) == b"a"
+    port.guest_writes(b"b")
+    await settle()
+    assert port.console.scrollback == b"a"
+    port.line.close()
+    assert await reader.read() == b"b"
+
+
+async def test_what_came_meanwhile_is_taken_afterwards(
+    port: Port, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kicks, "judge", judge_by(1e-6))
+    reader, _ = port.console.open()
+    for byte in b"a", b"b", b"c":
+        port.guest_writes(byte)
+        assert await reader.readexactly(1) == byte
+
+
+async def test_a_guest_that_prints_much_or_reads_is_listened_to(
+    port: Port, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kicks, "judge", judge_by(1e6))
+    reader, writer = port.console.open()
+    port.guest_writes(bytes(4096))
+    assert await reader.readexactly(4096) == bytes(4096)
+    writer.write(bytes(512))
+    await writer.drain()
+    await settle()
+    port.guest_reads()
+    await settle()
+    port.guest_writes(bytes(4096))
+    assert await reader.readexactly(4096) == bytes(4096)
+
+
+async def test_without_room_for_a_watch_output_comes_all_the_same(
+    port: Port, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise HostError("watch", op="epoll_ctl", errno=28)
+
+    monkeypatch.setattr(Kicks, "judge", judge_by(1e-6))
+    reader, _ = port.console.open()
+    monkeypatch.setattr("avmm.machine.console.add_reader", refuse)
+    for byte in b"a", b"b", b"c":
+        port.guest_writes(byte)
+        assert await reader.readexactly(1) == byte

@@ -7,10 +7,14 @@ import os
 
 import pytest
 
+from avmm.kicks import Kicks
 from avmm.native import CData, ffi, lib
+from avmm.virtio.devices import console
+from avmm.virtio.devices.console import VirtioConsole
 from avmm.virtio.devices.rng import Rng, RngDevice, build
 from avmm.virtio.home import HomeStatistics
 from fakes.driver_queue import Segment
+from fakes.mmio_driver import eventually, settle
 from fakes.virtio_rig import DATA_GPA, Rig, virtio_rig
 
 BURST = 64
@@ -115,3 +119,60 @@ async def test_a_deaf_lane_rests_and_begins_anew(io_threads: int) -> None:
         rig.driver.queues[0].offer(Segment(DATA_GPA, 64, writable=True))
         rig.driver.kick(0)
         await rig.driver.used(0)
+
+
+async def test_a_queue_that_python_serves_has_work_when_chains_were_taken_off_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judged: list[bool] = []
+
+    def judge(kicks: Kicks, worked: bool) -> float:
+        judged.append(worked)
+        return 0.0
+
+    monkeypatch.setattr(Kicks, "judge", judge)
+    async with virtio_rig(lambda context: console.build(VirtioConsole(), context)) as rig:
+        await rig.driver.start()
+        await settle()
+        judged.clear()
+        for _ in range(3):
+            rig.driver.kick(console.TX)
+            await settle()
+        rig.driver.queues[console.TX].offer(Segment(DATA_GPA, 64))
+        rig.driver.kick(console.TX)
+        await rig.driver.used(console.TX)
+        # Room for input of which there is none is not work either.
+        rig.driver.queues[console.RX].offer(Segment(DATA_GPA, 64, writable=True))
+        for _ in range(3):
+            rig.driver.kick(console.RX)
+            await settle()
+    assert judged == [False] * 3 + [True] + [False] * 3
+
+
+async def test_it_rests_when_it_is_kicked_for_nothing_and_serves_what_came_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rests: list[float] = [0.0, 1e-6]
+
+    def judge(kicks: Kicks, worked: bool) -> float:
+        return 0.0 if worked or not rests else rests.pop()
+
+    monkeypatch.setattr(Kicks, "judge", judge)
+    async with virtio_rig(lambda context: console.build(VirtioConsole(), context)) as rig:
+        await rig.driver.start()
+        rig.driver.kick(console.TX)
+        await eventually(lambda: not rests)
+        rig.driver.queues[console.TX].offer(Segment(DATA_GPA, 64))
+        rig.driver.kick(console.TX)
+        await rig.driver.used(console.TX)
+
+
+def test_a_guest_is_judged_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0]
+    monkeypatch.setattr("avmm.kicks.time.monotonic_ns", lambda: now[0])
+    kicks = Kicks()
+    assert [kicks.judge(False) for _ in range(BURST + 1)] == [0.0] * BURST + [0.004]
+    assert kicks.judge(True) == 0.0
+    assert [kicks.judge(False) for _ in range(3)] == [0.0, 0.0, 0.004]
+    now[0] = SECOND_NS // A_SECOND
+    assert [kicks.judge(False) for _ in range(2)] == [0.0, 0.004]

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from avmm.errors import HostError
 from avmm.virtio.pump import Pump
-from fakes.mmio_driver import settle
+from fakes.mmio_driver import eventually, settle
 
 
 @pytest.fixture
@@ -94,3 +95,60 @@ async def test_watching_twice_is_watching_once(event_fd: int) -> None:
     pump.unwatch(event_fd)
     pump.unwatch(event_fd)
     assert calls == ["first"]
+
+
+async def test_what_rests_is_not_looked_at_and_then_works_whether_it_is_readable_or_not(
+    event_fd: int,
+) -> None:
+    pump, _ = make_pump()
+    calls: list[int] = []
+    woken = asyncio.Event()
+
+    def work() -> bool:
+        calls.append(1)
+        woken.set()
+        return False
+
+    pump.watch(event_fd, work)
+    pump.rest(event_fd, 1e6)
+    os.eventfd_write(event_fd, 1)
+    await settle()
+    assert calls == []
+    pump.unwatch(event_fd)
+    os.eventfd_read(event_fd)
+    pump.watch(event_fd, work)
+    pump.rest(event_fd, 1e-6)
+    pump.rest(event_fd, 1e6)
+    await woken.wait()
+    assert calls == [1]
+    woken.clear()
+    os.eventfd_write(event_fd, 1)
+    await woken.wait()
+    pump.stop()
+
+
+async def test_one_that_rests_can_be_stopped_and_one_that_is_not_watched_does_not_rest(
+    event_fd: int,
+) -> None:
+    pump, errors = make_pump()
+    pump.rest(event_fd, 1e-6)
+    pump.watch(event_fd, lambda: False)
+    pump.rest(event_fd, 1e-6)
+    pump.stop()
+    await settle()
+    assert errors == []
+
+
+async def test_one_that_cannot_be_watched_again_is_reported(
+    event_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise HostError("watch", op="epoll_ctl", errno=28)
+
+    pump, errors = make_pump()
+    pump.watch(event_fd, lambda: False)
+    monkeypatch.setattr("avmm.virtio.pump.add_reader", refuse)
+    pump.rest(event_fd, 1e-6)
+    await eventually(lambda: bool(errors))
+    assert [type(e) for e in errors] == [HostError]
+    pump.stop()
