@@ -40,9 +40,8 @@ Transport = Literal["pci", "mmio"]
 
 @dataclass(frozen=True, slots=True)
 class Storm:
-    """name: in native/attacker/storms.c. kind: the device's; Python serves vsock, native code blk.
-    aims: whether its row has one: requests that are sound are work, of which a guest may have as
-    much as it gets."""
+    """name: in native/attacker/storms.c. kind: the device's. aims: whether its row has one:
+    requests that are sound are work, of which a guest may have as much as it gets."""
 
     name: str
     what: str
@@ -54,7 +53,7 @@ class Storm:
 STORMS = (
     Storm("kick", "kicks without requests"),
     Storm("kick", "kicks without requests, virtio-mmio", "mmio"),
-    Storm("kick", "kicks without requests, queues of Python's", kind="vsock"),
+    Storm("kick", "kicks without requests, vsock", kind="vsock"),
     Storm("stray-kick", "kicks of no queue"),
     Storm("unassigned", "writes to no port"),
     Storm("port", "port reads answered in Python"),
