@@ -90,6 +90,10 @@ static int watch_children(void)
     sigset_t set;
     int fd;
 
+    /* What started the agent may ignore signals, as a shell does for "&": commands would inherit it,
+     * and Ctrl-C on their terminal would do nothing. */
+    for (int number = 1; number < NSIG; number++)
+        signal(number, SIG_DFL);
     sigemptyset(&set);
     sigaddset(&set, SIGCHLD);
     sigprocmask(SIG_BLOCK, &set, NULL);

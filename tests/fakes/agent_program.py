@@ -60,8 +60,12 @@ def waits_for_reader(pid: int) -> bool:
 
 @contextlib.contextmanager
 def running(path: Path, program: Path = PROGRAM) -> Iterator[AgentProgram]:
-    """Start it; when the block ends it must still have been alive."""
-    command = [str(program), "--unix", str(path), "--announce"]
+    """Start it; when the block ends it must still have been alive.
+
+    It inherits ignored signals, as from a shell that starts it in the background.
+    """
+    ignoring = "trap '' HUP INT QUIT TERM; exec \"$0\" \"$@\""
+    command = ["sh", "-c", ignoring, str(program), "--unix", str(path), "--announce"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None

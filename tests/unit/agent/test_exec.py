@@ -164,6 +164,12 @@ async def test_ctrl_c_on_a_terminal_is_a_signal(agent: Agent) -> None:
     assert await process.wait() == -signal.SIGINT
 
 
+async def test_a_command_ignores_no_signal_that_the_agent_inherited_so(agent: Agent) -> None:
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        done = await agent.run(["sh", "-c", f"kill -{number:d} $$; exit 1"])
+        assert done.returncode == -number
+
+
 async def test_much_output_arrives_whole(agent: Agent) -> None:
     size = 20_000_000
     script = ["sh", "-c", f"head -c {size} /dev/zero & head -c {size} /dev/zero >&2; wait"]
