@@ -128,7 +128,7 @@ static void unanswered(struct target *target)
             ring_offer(attacked_ring(target), piece, 1);
         }
         target_provoke(target);
-        /* After 256 of them the device waits for room (5.10.6.1). */
+        /* After some more than 256 of them the device waits for room (5.10.6.1). */
         for (unsigned i = 0; i < RING_SIZE && round < 16; i++)
             target_await(target, &len);
     }

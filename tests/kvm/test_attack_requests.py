@@ -65,8 +65,9 @@ VSOCK = UNHARMED | {
     "unanswered": "reset",
 }
 
-FAULTS = {"blk": {"avail-jump"}, "net": set(), "vsock": {"request"}}
-"""A ring that the disk wrote over need not be one any more."""
+FAULTS = {"blk": {"avail-jump"}, "net": set(), "vsock": {"request", "avail-jump"}}
+"""A ring that the disk wrote over need not be one any more; and the driver of `unanswered` offers
+more than its ring holds, which a device that has room yet to keep packets finds out."""
 
 SETUP = UNHARMED | {
     "features-never-offered": "refused",
