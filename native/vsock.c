@@ -3,6 +3,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/random.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -10,6 +11,9 @@
 
 #define RX 0u
 #define TX 1u
+#define HOLD_NS 5000000
+/* So many packets at most speak by one interrupt: a driver must not run out of room. */
+#define TX_HELD_MAX 32u
 #define EVENTS 64
 #define EVENT_ROUNDS 16
 #define FIRST_PORT (1u << 30) /* of ours, and so many more */
@@ -34,6 +38,66 @@ void av_vsock_tell(struct av_vsock *vsock, uint32_t news)
     vsock->news |= news;
     if (fresh && vsock->setup.announces)
         av_lane_news(&vsock->lane);
+}
+
+/* --- interrupts ------------------------------------------------------------------------- */
+
+/* Whether something ends the hold. A timer that is set goes on, so that it costs no call a packet. */
+static bool set_timer(struct av_vsock *vsock)
+{
+    const struct itimerspec at = { .it_value.tv_nsec = HOLD_NS };
+
+    if (!vsock->timer_set)
+        vsock->timer_set = timerfd_settime(vsock->timer_fd, 0, &at, NULL) == 0;
+    return vsock->timer_set;
+}
+
+static void flush_tx(struct av_vsock *vsock)
+{
+    vsock->tx_held = vsock->tx_fresh = 0;
+    av_vring_flush(vsock->tx);
+}
+
+static void flush_rx(struct av_vsock *vsock)
+{
+    vsock->rx_held = vsock->rx_urgent = false;
+    av_vring_flush(vsock->rx);
+}
+
+void av_vsock_announce_tx(struct av_vsock *vsock, uint32_t taken)
+{
+    struct av_vring_stats stats;
+
+    if (taken == 0)
+        return;
+    av_vring_show(vsock->tx);
+    av_vring_statistics(vsock->tx, &stats);
+    vsock->tx_held += taken;
+    vsock->tx_fresh += taken;
+    if (vsock->tx_held >= TX_HELD_MAX || vsock->tx_held >= stats.size / 4 ||
+        !av_vring_interrupt_due(vsock->tx) || !set_timer(vsock))
+        flush_tx(vsock);
+}
+
+void av_vsock_announce_rx(struct av_vsock *vsock)
+{
+    av_vring_show(vsock->rx);
+    if (vsock->rx_urgent || !av_vring_interrupt_due(vsock->rx) || !set_timer(vsock))
+        flush_rx(vsock);
+    else
+        vsock->rx_held = true;
+}
+
+static void on_timer(struct av_vsock *vsock)
+{
+    vsock->timer_set = false;
+    if (vsock->rx_held)
+        flush_rx(vsock);
+    /* A guest that goes on sending has not run out of room. */
+    if (vsock->tx_fresh != 0 && set_timer(vsock))
+        vsock->tx_fresh = 0;
+    else
+        flush_tx(vsock);
 }
 
 /* --- the lane -------------------------------------------------------------------------- */
@@ -81,6 +145,8 @@ static int vsock_run(struct av_lane *lane, uint32_t ready)
         av_vring_count_kick(vsock->tx);
     if (!lane->taking)
         return 0;
+    if (ready & 1u << vsock->timer_source)
+        on_timer(vsock);
     if ((ready & 1u << vsock->sockets_source) || vsock->more_events)
         collect(vsock);
     came = av_vsock_transmit(vsock);
@@ -124,11 +190,18 @@ static bool vsock_idle(const struct av_lane *lane)
     return true; /* a run ends what it begins */
 }
 
+static void vsock_hold(struct av_lane *lane)
+{
+    flush_tx(of(lane));
+    flush_rx(of(lane));
+}
+
 static const struct av_lane_ops lane_ops = {
     .run = vsock_run,
     .arm = vsock_arm,
     .pending = vsock_pending,
     .idle = vsock_idle,
+    .hold = vsock_hold,
 };
 
 /* --- the device ------------------------------------------------------------------------ */
@@ -152,12 +225,15 @@ static int set_up(struct av_vsock *vsock, struct av_home *home)
     if (getrandom(&vsock->seed, sizeof(vsock->seed), 0) != sizeof(vsock->seed))
         return -errno;
     vsock->sockets_fd = epoll_create1(EPOLL_CLOEXEC);
-    if (vsock->sockets_fd < 0)
+    vsock->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    if (vsock->sockets_fd < 0 || vsock->timer_fd < 0)
         return -errno;
     result = av_lane_init(&vsock->lane, home, &lane_ops, 2);
-    if (result == 0)
-        vsock->sockets_source = av_lane_add_source(&vsock->lane, vsock->sockets_fd, EPOLLIN);
-    return result;
+    if (result < 0)
+        return result;
+    vsock->sockets_source = av_lane_add_source(&vsock->lane, vsock->sockets_fd, EPOLLIN);
+    vsock->timer_source = av_lane_add_source(&vsock->lane, vsock->timer_fd, EPOLLIN);
+    return 0;
 }
 
 struct av_vsock *av_vsock_create(struct av_home *home, struct av_vring *rx, struct av_vring *tx,
@@ -171,7 +247,7 @@ struct av_vsock *av_vsock_create(struct av_home *home, struct av_vring *rx, stru
     vsock->rx = rx;
     vsock->tx = tx;
     vsock->setup = *setup;
-    vsock->sockets_fd = -1;
+    vsock->sockets_fd = vsock->timer_fd = -1;
     *error = -set_up(vsock, home);
     if (*error != 0) {
         av_vsock_destroy(vsock);
@@ -187,6 +263,8 @@ void av_vsock_destroy(struct av_vsock *vsock)
         av_vsock_free(vsock, av_vsock_of_all(vsock->all.next));
     if (vsock->sockets_fd >= 0)
         close(vsock->sockets_fd);
+    if (vsock->timer_fd >= 0)
+        close(vsock->timer_fd);
     free(vsock->inbox);
     free(vsock->taken);
     free(vsock->served);
@@ -359,6 +437,6 @@ int av_vsock_put_header(struct av_vsock *vsock, const uint8_t *header)
 void av_vsock_flush(struct av_vsock *vsock)
 {
     av_lane_lock(&vsock->lane);
-    av_vring_flush(vsock->rx);
+    flush_rx(vsock);
     av_lane_unlock(&vsock->lane);
 }

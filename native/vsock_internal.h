@@ -128,6 +128,13 @@ struct av_vsock {
     bool rx_starved;     /* the driver has no room for what is spliced */
     bool python_starved; /* or for Python's packets */
     bool more_events;
+    /* Interrupts that nobody waits for are held back, to speak for what follows too: those of
+     * packets that were taken, and of the answer to a guest that has closed. */
+    int timer_fd; /* ends a hold */
+    uint32_t timer_source;
+    bool timer_set;
+    uint32_t tx_held, tx_fresh; /* chains; and of those since the timer was set */
+    bool rx_held, rx_urgent;
     struct av_vsock_inbox *inbox; /* the one being filled */
     struct av_vsock_inbox *taken;
     struct av_vsock_stats stats;
@@ -136,6 +143,9 @@ struct av_vsock {
 };
 
 /* vsock.c */
+/* Show the driver what was done with each ring, and interrupt it unless that can wait. */
+void av_vsock_announce_tx(struct av_vsock *vsock, uint32_t taken);
+void av_vsock_announce_rx(struct av_vsock *vsock);
 void av_vsock_tell(struct av_vsock *vsock, uint32_t news);
 uint64_t av_vsock_now_ns(void);
 

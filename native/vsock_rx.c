@@ -64,6 +64,8 @@ static int put(struct av_vsock *vsock, struct av_vsock_connection *connection, u
     result = av_vsock_put_packet(vsock, &header, NULL, 0);
     if (result < 0)
         return (int)result;
+    if (op != AV_VSOCK_OP_RST || connection->guest_shut != AV_VSOCK_SHUT_BOTH)
+        vsock->rx_urgent = true; /* a guest that has closed goes on without the answer */
     connection->due &= ~due;
     told(connection);
     return 1;
@@ -162,6 +164,7 @@ static int64_t move(struct av_vsock *vsock, struct av_vsock_connection *connecti
         return 0;
     }
     give_back(vsock, connection, room, (uint32_t)count, (uint32_t)got);
+    vsock->rx_urgent = true;
     connection->sent += (uint32_t)got;
     vsock->stats.tx_bytes += (uint64_t)got;
     told(connection);
@@ -232,7 +235,7 @@ int av_vsock_deliver(struct av_vsock *vsock)
         }
         left -= moved;
     }
-    av_vring_flush(vsock->rx);
+    av_vsock_announce_rx(vsock);
     if (moved < 0)
         return moved == -EAGAIN ? 0 : (int)moved;
     return ready->next != ready;

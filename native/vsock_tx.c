@@ -409,6 +409,6 @@ int av_vsock_transmit(struct av_vsock *vsock)
         bytes += packet.header.len;
         left--;
     }
-    av_vring_flush(vsock->tx);
+    av_vsock_announce_tx(vsock, BUDGET_PACKETS - left);
     return result;
 }
