@@ -106,6 +106,8 @@ static void on_event(struct av_vsock *vsock, struct av_vsock_connection *connect
                      uint32_t events)
 {
     connection->readable = true;
+    if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+        connection->ends = true;
     if (events & (EPOLLHUP | EPOLLERR))
         connection->hung_up = true;
     if (connection->hung_up && connection->state == AV_VSOCK_ASKED) {

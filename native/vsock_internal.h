@@ -88,7 +88,8 @@ struct av_vsock_connection {
     uint32_t shut, guest_shut;
     int fd;
     bool readable;    /* the socket was not seen empty since its last event */
-    bool has_eof;     /* and gives no more */
+    bool ends;        /* there is an end behind what can be read */
+    bool has_eof;     /* and it was read */
     bool hung_up;     /* nobody is at its other end */
     bool deaf;        /* and it takes no more */
     bool wants_write; /* an event is to tell when it takes more */

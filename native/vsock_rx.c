@@ -143,7 +143,7 @@ static int64_t move(struct av_vsock *vsock, struct av_vsock_connection *connecti
 {
     struct room room[CHAINS_MAX];
     struct msghdr message = { .msg_iov = vsock->payload };
-    uint32_t want = credit(connection), segments;
+    uint32_t want = credit(connection), asked = 0, segments;
     ssize_t got;
     int count;
 
@@ -153,6 +153,8 @@ static int64_t move(struct av_vsock *vsock, struct av_vsock_connection *connecti
     if (count <= 0)
         return count == 0 ? -EAGAIN : count;
     message.msg_iovlen = segments;
+    for (int i = 0; i < count; i++)
+        asked += room[i].bytes;
     got = recvmsg(connection->fd, &message, MSG_DONTWAIT);
     if (got <= 0) {
         int error = got == 0 ? 0 : errno;
@@ -164,6 +166,10 @@ static int64_t move(struct av_vsock *vsock, struct av_vsock_connection *connecti
         return 0;
     }
     give_back(vsock, connection, room, (uint32_t)count, (uint32_t)got);
+    /* Less than there was room for: it is empty, and an event will tell of more. Not so before an
+     * end, which has had its event, or behind descriptors, which end what one read gives. */
+    if ((uint32_t)got < asked && !connection->ends && !(message.msg_flags & MSG_CTRUNC))
+        connection->readable = false;
     vsock->rx_urgent = true;
     connection->sent += (uint32_t)got;
     vsock->stats.tx_bytes += (uint64_t)got;

@@ -115,6 +115,16 @@ async def test_a_program_sends_as_the_guest_has_room(tmp_path: Path, io_threads:
             assert guest.counter("tx_bytes") == len(data)
 
 
+async def test_descriptors_that_a_program_sends_are_lost_and_no_byte_is(
+    tmp_path: Path, io_threads: int
+) -> None:
+    async with guest_at(tmp_path, io_threads) as guest, joined(guest, tmp_path) as program:
+        for _ in range(2):
+            socket.send_fds(program, [b"one"], [program.fileno()])
+            program.send(b"two")
+        assert await guest.receive(12) == b"onetwoonetwo"
+
+
 async def test_a_program_that_closes_ends_the_connection(tmp_path: Path, io_threads: int) -> None:
     async with guest_at(tmp_path, io_threads) as guest:
         async with joined(guest, tmp_path) as program:
