@@ -136,6 +136,8 @@ struct av_vsock {
     bool timer_set;
     uint32_t tx_held, tx_fresh; /* chains; and of those since the timer was set */
     bool rx_held, rx_urgent;
+    uint32_t rx_in_vain; /* holds in a row during which nothing else came */
+    uint32_t rx_skip;    /* so many times there will be none */
     struct av_vsock_inbox *inbox; /* the one being filled */
     struct av_vsock_inbox *taken;
     struct av_vsock_stats stats;
