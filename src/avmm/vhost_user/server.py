@@ -32,6 +32,9 @@ from avmm.virtio.interrupt import Interrupts
 
 log = logging.getLogger(__name__)
 
+_REST_S = 1.0
+"""Between attempts to take a connection for which the host has no descriptor."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerStatistics:
@@ -149,7 +152,14 @@ class VhostUserServer:
         try:
             while True:
                 await readable(listener.socket.fileno())
-                if connection := listener.accept():
+                try:
+                    connection = listener.accept()
+                except HostError as e:
+                    # The connection stays where it is; without a rest nothing else would be done.
+                    log.warning("%s: %s", self.id, e)
+                    await asyncio.sleep(_REST_S)
+                    continue
+                if connection:
                     await self._serve_one(connection)
         except Exception as e:
             self._on_error(e)

@@ -16,11 +16,14 @@ import pytest
 
 from avmm.cli.main import main
 from avmm.errors import ConfigError, HostError
+from avmm.vhost_user import server as server_module
 from avmm.vhost_user.server import VhostUserServer
 from avmm.virtio.devices.blk import Disk
 from avmm.virtio.devices.net import Tap
 from fakes.blk_driver import IN, OK, BlkDriver
 from fakes.front_end import front_end
+from fakes.mmio_driver import settle
+from fakes.refused_accept import Refusing
 from linux.holdings import Holdings
 
 
@@ -120,6 +123,35 @@ async def test_what_fails_on_the_host_ends_the_wait(image: Path, socket_path: st
         server.device.context.on_error(HostError("blk", op="I/O"))
         with pytest.raises(HostError):
             await server.wait()
+
+
+async def test_a_connection_without_a_descriptor_leaves_the_loop_to_others(
+    image: Path, socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_REST_S", 3600.0)
+    refusing = Refusing(monkeypatch, 1000)
+    async with VhostUserServer(Disk(str(image)), socket_path) as server:
+        waiting = asyncio.ensure_future(server.wait())
+        _, writer = await asyncio.open_unix_connection(socket_path)
+        await settle()
+        assert refusing.refused == 1
+        assert not waiting.done()
+        waiting.cancel()
+        writer.close()
+
+
+async def test_a_connection_without_a_descriptor_is_served_when_there_is_one(
+    image: Path, socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_REST_S", 0.0)
+    refusing = Refusing(monkeypatch, 3)
+    async with (
+        VhostUserServer(Disk(str(image)), socket_path),
+        front_end(socket_path) as end,
+    ):
+        await end.start()
+        assert (await BlkDriver(end).request(IN, read_bytes=512))[0] == OK
+        assert refusing.refused == 3
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from avmm.errors import ConfigError, HostError
-from avmm.unixsocket import Listener
+from avmm.errors import ConfigError
 from avmm.vsock import uds
 from avmm.vsock.packet import SHUTDOWN_BOTH, SHUTDOWN_SEND, Op
 from fakes.mmio_driver import settle
+from fakes.refused_accept import Refusing
 from fakes.virtio_rig import virtio_rig
 from fakes.vsock_guest import VsockGuest, vsock_guest
 
@@ -146,23 +145,6 @@ async def test_a_path_that_cannot_be_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="Socket"):
             async with guest_at(path):
                 pass
-
-
-class Refusing:
-    """Accepts nothing, the first `times`."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-        self.left = times
-        self.refused = 0
-        self._accept = Listener.accept
-        monkeypatch.setattr(Listener, "accept", lambda listener: self.accept(listener))
-
-    def accept(self, listener: Listener) -> socket.socket | None:
-        if self.left == 0:
-            return self._accept(listener)
-        self.left -= 1
-        self.refused += 1
-        raise HostError("socket", op="accept", path=listener.path, errno=errno.EMFILE)
 
 
 async def test_a_connection_without_a_descriptor_leaves_the_loop_to_others(
