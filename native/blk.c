@@ -1,6 +1,7 @@
 #include "blk_internal.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/timerfd.h>
@@ -240,7 +241,7 @@ static struct av_blk_engine *create_engine(const struct av_blk_config *config, i
 {
     switch ((enum av_blk_engine_kind)config->engine) {
     case AV_BLK_IO_URING:
-        return av_blk_uring_create(config->fd, config->depth, error);
+        return av_blk_uring_create(config->fd, config->depth, config->may_hang != 0, error);
     case AV_BLK_THREADS:
         return av_blk_threads_create(config->fd, config->workers, error);
     case AV_BLK_LOOP:
@@ -313,6 +314,50 @@ void av_blk_destroy(struct av_blk *blk)
     free(blk->iovs);
     free(blk->ranges);
     free(blk);
+}
+
+int av_blk_abandon(struct av_blk *blk)
+{
+    av_lane_abandon(&blk->lane);
+    return blk->in_flight != 0;
+}
+
+void av_blk_leave(struct av_blk *blk)
+{
+    av_lane_fini(&blk->lane);
+    av_throttle_fini(&blk->throttle);
+    av_throttle_init(&blk->throttle);
+    blk->ring = NULL;
+}
+
+/* An av_blk_done: nobody wants to know. */
+static void drop(void *context, struct av_blk_op *op)
+{
+    struct av_blk *blk = context;
+    struct av_blk_slot *slot = (struct av_blk_slot *)op;
+
+    free(slot->bounce);
+    slot->bounce = NULL;
+    blk->in_flight--;
+}
+
+void av_blk_wait(struct av_blk *blk)
+{
+    struct av_blk_engine *engine = blk->engine;
+    struct pollfd finished = { .fd = engine->event_fd, .events = POLLIN };
+    uint64_t count;
+
+    engine->ops->cancel(engine);
+    for (;;) {
+        engine->ops->reap(engine, drop, blk);
+        if (blk->in_flight == 0)
+            return;
+        /* Nobody else drains it: poll() would return at once for ever. Empty (EAGAIN): so be it. */
+        if (read(engine->event_fd, &count, sizeof(count)) < 0 && errno != EAGAIN)
+            abort();
+        if (!engine->ops->arm(engine))
+            poll(&finished, 1, -1);
+    }
 }
 
 struct av_lane *av_blk_lane(struct av_blk *blk)

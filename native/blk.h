@@ -45,6 +45,7 @@ struct av_blk_config {
     uint32_t alignment_bytes;
     uint8_t copies;
     uint64_t copy_max_bytes;
+    uint8_t may_hang; /* av_file_may_hang() */
     int *lost;
     char id[20]; /* padded with zeroes */
 };
@@ -71,6 +72,14 @@ struct av_blk *av_blk_create(const struct av_blk_config *config, struct av_home 
                              struct av_vring *ring, int *error);
 void av_blk_destroy(struct av_blk *blk); /* its lane is at rest */
 struct av_lane *av_blk_lane(struct av_blk *blk); /* kick 0: the ring's */
+/* For a disk whose storage does not answer, not of AV_BLK_LOOP: its lane is at rest, and whatever
+ * is in flight is answered to nobody. 1: then something is, and until av_blk_wait() returns the
+ * engine may still use the guest's memory. */
+int av_blk_abandon(struct av_blk *blk);
+/* Let go of home, ring and limiter; only what follows may be called then. Abandoned. */
+void av_blk_leave(struct av_blk *blk);
+/* Wait until nothing is in flight, if for ever; on any one thread. av_blk_destroy() comes next. */
+void av_blk_wait(struct av_blk *blk);
 /* Keep memory in place, for less work a transfer; its lane at rest, as for av_blk_unpin(), which
  * comes before the memory goes. 0 or -errno. Nothing when it is pinned, or has no io_uring. */
 int av_blk_pin(struct av_blk *blk, const struct av_gmem *mem);

@@ -74,6 +74,9 @@ struct av_blk_engine_ops {
      * -errno. NULL: of no use. It has to be undone before the memory goes; nothing in flight. */
     int (*pin)(struct av_blk_engine *engine, const struct av_gmem *mem);
     void (*unpin)(struct av_blk_engine *engine); /* nothing when it is not pinned */
+    /* Let what has not begun fail, as far as the host does that; given back by reap(). It may
+     * block. NULL: nothing that could hang. */
+    void (*cancel)(struct av_blk_engine *engine);
     void (*destroy)(struct av_blk_engine *engine); /* nothing may be in flight */
 };
 
@@ -83,7 +86,7 @@ struct av_blk_engine {
 };
 
 /* depth: operations in flight at most; workers: threads. NULL: *error is the errno. */
-struct av_blk_engine *av_blk_uring_create(int fd, uint32_t depth, int *error);
+struct av_blk_engine *av_blk_uring_create(int fd, uint32_t depth, bool may_hang, int *error);
 struct av_blk_engine *av_blk_threads_create(int fd, uint32_t workers, int *error);
 /* For somebody else to perform; see blk_loop.h. */
 struct av_blk_engine *av_blk_loop_create(int *error);

@@ -133,6 +133,20 @@ static bool threads_arm(struct av_blk_engine *base)
     return ready;
 }
 
+static void threads_cancel(struct av_blk_engine *base)
+{
+    struct threads_engine *engine = of(base);
+    struct av_blk_op *op;
+
+    pthread_mutex_lock(&engine->lock);
+    while ((op = av_blk_op_take_first(&engine->queued)) != NULL ||
+           (op = av_blk_op_take_first(&engine->waiting)) != NULL) {
+        op->result = -ECANCELED;
+        av_blk_op_append(&engine->finished, op);
+    }
+    pthread_mutex_unlock(&engine->lock);
+}
+
 static void threads_destroy(struct av_blk_engine *base)
 {
     struct threads_engine *engine = of(base);
@@ -155,6 +169,7 @@ static const struct av_blk_engine_ops threads_ops = {
     .reap = threads_reap,
     .ready = threads_ready,
     .arm = threads_arm,
+    .cancel = threads_cancel,
     .destroy = threads_destroy,
 };
 

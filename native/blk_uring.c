@@ -19,6 +19,7 @@
 struct uring_engine {
     struct av_blk_engine base;
     struct io_uring ring;
+    bool may_hang;             /* starting an operation may wait for the storage */
     struct av_blk_op *refused; /* not started, and not given back yet */
     struct iovec *pinned;      /* memory that is registered, NULL: none */
     uint32_t pinned_count;
@@ -93,7 +94,7 @@ static void uring_queue(struct av_blk_engine *engine, struct av_blk_op *op)
     }
     sqe->flags |= IOSQE_FIXED_FILE;
     /* A copy of so much from the page cache would hold up the thread that submits. */
-    if (op->length > COPY_MAX_BYTES)
+    if (op->length > COPY_MAX_BYTES || of(engine)->may_hang)
         sqe->flags |= IOSQE_ASYNC;
     io_uring_sqe_set_data(sqe, op);
 }
@@ -233,6 +234,20 @@ static int uring_pin(struct av_blk_engine *base, const struct av_gmem *mem)
     return 0;
 }
 
+static void uring_cancel(struct av_blk_engine *base)
+{
+    struct io_uring_sync_cancel_reg all = {
+        .fd = -1,
+        .flags = IORING_ASYNC_CANCEL_ANY | IORING_ASYNC_CANCEL_ALL,
+        .timeout = { 0, 0 },
+    };
+
+    if (io_uring_sq_ready(&of(base)->ring) != 0)
+        take_back(of(base), -ECANCELED);
+    /* Kernels before 6.0 do not know it; what they do not cancel is waited for all the same. */
+    io_uring_register_sync_cancel(&of(base)->ring, &all);
+}
+
 static void uring_destroy(struct av_blk_engine *engine)
 {
     uring_unpin(engine);
@@ -251,6 +266,7 @@ static const struct av_blk_engine_ops uring_ops = {
     .ready = uring_ready,
     .arm = uring_arm,
     .pin = uring_pin,
+    .cancel = uring_cancel,
     .unpin = uring_unpin,
     .destroy = uring_destroy,
 };
@@ -265,7 +281,7 @@ static int ring_init(struct io_uring *ring, uint32_t depth)
     return result == -EINVAL ? io_uring_queue_init(depth, ring, 0) : result;
 }
 
-struct av_blk_engine *av_blk_uring_create(int fd, uint32_t depth, int *error)
+struct av_blk_engine *av_blk_uring_create(int fd, uint32_t depth, bool may_hang, int *error)
 {
     struct uring_engine *engine = calloc(1, sizeof(*engine));
     int result;
@@ -275,6 +291,7 @@ struct av_blk_engine *av_blk_uring_create(int fd, uint32_t depth, int *error)
         return NULL;
     }
     engine->base.ops = &uring_ops;
+    engine->may_hang = may_hang;
     engine->base.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (engine->base.event_fd < 0) {
         *error = errno;

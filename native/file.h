@@ -7,6 +7,8 @@
 /* cdef begin */
 /* Deallocate a range, which reads as zeroes then; the size stays. 0 or -errno. Any thread. */
 int av_file_punch(int fd, uint64_t offset, uint64_t size_bytes);
+/* Whether an io_uring operation on it may wait for its storage while it is submitted. Any thread. */
+int av_file_may_hang(int fd);
 /* cdef end */
 
 #endif

@@ -297,6 +297,17 @@ void av_lane_fini(struct av_lane *lane)
     lane->home = NULL;
 }
 
+void av_lane_abandon(struct av_lane *lane)
+{
+    lock(lane->home);
+    stop_taking(lane);
+    if (lane->registered) {
+        unregister(lane);
+        lane->home->leaves = true;
+    }
+    unlock(lane->home);
+}
+
 uint32_t av_lane_add_source(struct av_lane *lane, int fd, uint32_t epoll_events)
 {
     if (lane->sources == AV_LANE_SOURCES_MAX)

@@ -3,6 +3,7 @@
 #define AV_HOME_INTERNAL_H
 
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -35,6 +36,8 @@ struct av_home {
     pthread_t thread;
     bool has_thread;
     atomic_bool ending;
+    sem_t gone;  /* the thread does not touch the home any more */
+    bool leaves; /* a lane was abandoned: the thread may not end, and nobody waits for that */
     uint64_t poll_max_ns;
 };
 

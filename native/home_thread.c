@@ -137,6 +137,7 @@ static void *thread_main(void *argument)
             limit_ns = adapt(home, limit_ns, now_ns() - slept_at);
     }
     pthread_mutex_unlock(&home->lock);
+    sem_post(&home->gone);
     return NULL;
 }
 
@@ -146,6 +147,7 @@ int av_home_start_thread(struct av_home *home, uint64_t poll_ns)
     int result;
 
     home->poll_max_ns = poll_ns;
+    sem_init(&home->gone, 0, 0);
     /* It takes no signals: those are for the program's own threads. */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -168,6 +170,13 @@ void av_home_end_thread(struct av_home *home)
     /* Nobody drains it, and it cannot be full all the same: that takes 2^64 starts of lanes. */
     while (write(home->wake_fd, &one, sizeof(one)) < 0 && errno == EINTR)
         continue;
-    pthread_join(home->thread, NULL);
+    while (sem_wait(&home->gone) < 0)
+        continue;
+    /* The kernel ends a thread only when the io_uring requests that it has made are over. */
+    if (home->leaves)
+        pthread_detach(home->thread);
+    else
+        pthread_join(home->thread, NULL);
+    sem_destroy(&home->gone);
     home->has_thread = false;
 }

@@ -60,6 +60,8 @@ void av_lane_fini(struct av_lane *lane);
 uint32_t av_lane_add_source(struct av_lane *lane, int fd, uint32_t epoll_events);
 /* So at any time, with the lock held, for EPOLLIN. 0 or -errno. */
 int av_lane_watch(struct av_lane *lane, int fd);
+/* It is at rest from now on, whatever is in flight. */
+void av_lane_abandon(struct av_lane *lane);
 /* For changes to what runs use, from other threads. */
 void av_lane_lock(struct av_lane *lane);
 void av_lane_unlock(struct av_lane *lane);

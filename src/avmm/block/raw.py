@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import copy
 import errno
 import fcntl
 import mmap
@@ -128,6 +129,12 @@ class RawDisk:
                 fcntl.fcntl(self.fd, _F_OFD_SETLK, _flock(fcntl.F_UNLCK))
             os.close(self.fd)
             self.fd = -1
+
+    def handed_on(self) -> RawDisk:
+        """The same disk for another owner, who closes it; this one is closed."""
+        disk = copy.copy(self)
+        self.fd = -1
+        return disk
 
     def _alignment(self) -> int:
         """Found by trying, since most kernels do not say. It becomes the guest's block size, so

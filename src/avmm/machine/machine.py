@@ -190,7 +190,9 @@ class MicroVM(GuestCalls):
     async def wait(self) -> ExitReason:
         """Wait until the guest has ended and all its resources are given back; why it ended.
 
-        Any number of tasks may wait; cancelling one does nothing to the guest.
+        Any number of tasks may wait; cancelling one does nothing to the guest. Raises
+        HostError("disk-hangs") when a disk's storage does not answer within 30 s of the end: all
+        else is given back then, and the rest when it does.
         """
         if self._life is None:
             raise ConfigError("state", f"wait: {self._described()}")

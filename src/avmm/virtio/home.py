@@ -190,6 +190,10 @@ class Lane:
                 return
             await self._rested.wait()
 
+    def abandoned(self) -> None:
+        """The device has abandoned the native lane: who waits for its rest goes on."""
+        self._rested.set()
+
     def take_notice(self) -> None:
         """The home has news of some of its lanes, maybe of this one."""
         notice = int(lib.av_lane_notice(self._native))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -18,6 +19,7 @@ from avmm.native import CData, ffi, lib
 from avmm.units import MIB, SECTOR_BYTES
 from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
+from avmm.virtio.devices.blk_late import wait_late
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import Home, HomeChoice
 from avmm.virtio.limit import Limiter, RateLimit, attach
@@ -31,6 +33,9 @@ log = logging.getLogger(__name__)
 QUEUES_MAX = 16
 SEG_MAX = 126
 ID_BYTES = 20
+HANG_S = 30.0
+"""How long the end of a device waits for storage that does not answer."""
+
 _WORKERS = 4
 """Threads of a disk without io_uring, shared out among its queues."""
 
@@ -132,6 +137,8 @@ class BlkDevice(VirtioDevice):
             offered |= features.BLK_WRITE_ZEROES
             if disk.discards:
                 offered |= features.BLK_DISCARD
+        self._hung: list[CData] = []
+        context.stack.callback(self._wait_late)
         super().__init__(BLK, context, offered=offered, queue_sizes=(config.queue_size,) * queues)
         self.disk = disk
         self._op = f"I/O on disk {disk.path}"
@@ -176,6 +183,29 @@ class BlkDevice(VirtioDevice):
         """A flush failed: what it was for is lost, and no later one would tell."""
         reason = os.strerror(self._lost[0])
         log.error("%s: %s: flush: %s; none succeeds any more", self.context.id, self._op, reason)
+
+    async def end(self) -> None:
+        """As every device's; raises HostError("disk-hangs") when its storage does not answer, and
+        then what is in flight is left to itself."""
+        if self.disk.fd < 0:  # a Python object's, which has its own bound
+            await super().end()
+            return
+        try:
+            async with asyncio.timeout(HANG_S):
+                await super().end()
+        except TimeoutError:
+            self._hung = [native for native in self._natives if lib.av_blk_abandon(native)]
+            for lane in self._lanes:
+                lane.abandoned()
+            await super().end()
+            error = HostError(
+                "disk-hangs",
+                op=self._op,
+                remedy=f"it did not end within {HANG_S:g} s; the guest's memory and the disk's "
+                "lock are given back when it does",
+            )
+            log.error("%s: %s", self.context.id, error)
+            raise error from None
 
     def resize(self) -> int:
         """Take over the image's present size and tell the driver; the size in bytes.
@@ -258,7 +288,16 @@ class BlkDevice(VirtioDevice):
 
     def _destroy(self, native: CData) -> None:
         self._natives.remove(native)
-        lib.av_blk_destroy(native)
+        if native in self._hung:
+            lib.av_blk_leave(native)
+        else:
+            lib.av_blk_destroy(native)
+
+    def _wait_late(self) -> None:
+        """The device is gone; what it could not give back is left to a thread."""
+        if self._hung:
+            assert isinstance(self.disk, RawDisk)
+            wait_late(self._hung, self.disk.handed_on(), self.context.memory)
 
 
 _COUNTERS = (
@@ -285,6 +324,7 @@ def _settings(config: Disk | AsyncDisk, disk: RawDisk | SourceDisk, id: str, que
     settings.depth = config.queue_size
     settings.alignment_bytes = disk.alignment_bytes
     settings.copies = disk.copies
+    settings.may_hang = disk.fd >= 0 and lib.av_file_may_hang(disk.fd)
     settings.copy_max_bytes = _COPY_MAX_BYTES // queues
     settings.id = (config.serial or id).encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
     return settings
