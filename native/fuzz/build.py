@@ -9,6 +9,7 @@ native/agent when NAME begins with "agent".
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 NATIVE = HERE.parent
 CORPORA = NATIVE.parent / "tests/corpora"
 
+PYTHON_TARGETS = NATIVE.parent / "tests/fakes/parser_targets.py"
 PREFIX = "target_"
 REPLAY = HERE / "replay.c"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -35,6 +37,7 @@ class Target:
     parsers: tuple[Path, ...]
     helpers: tuple[Path, ...]
     threads: bool = False
+    is_python: bool = False
     link: tuple[str, ...] = ("-luring", "-lpthread")
 
     @property
@@ -89,6 +92,12 @@ def targets() -> list[Target]:
             threads = name.startswith("state")
             found.append(Target(name, source, tuple(shim), tuple(shared), threads=threads))
     return found
+
+
+def python_targets() -> list[Target]:
+    """Those of what Python parses, by name."""
+    names = sorted(re.findall(r'^    "(py_\w+)":', PYTHON_TARGETS.read_text(), re.MULTILINE))
+    return [Target(name, PYTHON_TARGETS, (), (), is_python=True) for name in names]
 
 
 def build(chosen: Sequence[Target], toolchain: Toolchain, folder: Path) -> dict[str, Path]:

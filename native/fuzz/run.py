@@ -1,8 +1,12 @@
-"""Runs fuzz targets under libFuzzer and says what they reached; call it by `scripts/fuzz`."""
+"""Runs fuzz targets under libFuzzer and says what they reached; call it by `scripts/fuzz`.
+
+Those in C are built here. Those of what Python parses (tests/fakes/parser_targets.py) are run by
+atheris, which is libFuzzer too."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -11,7 +15,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from build import CORPORA, NATIVE, SANITIZERS, THREAD_SANITIZER, Target, build, fuzzing, targets
+from build import (
+    CORPORA,
+    NATIVE,
+    SANITIZERS,
+    THREAD_SANITIZER,
+    Target,
+    build,
+    fuzzing,
+    python_targets,
+    targets,
+)
 
 WORK = NATIVE.parent / "build/fuzz"
 FOUND = WORK / "found"
@@ -19,6 +33,7 @@ GROWN = WORK / "corpora"
 
 INPUT_BYTES_MAX = 4096
 COMMITTED_BYTES_MAX = 512
+COMMITTED_PYTHON_BYTES_MAX = 2048  # a kernel has its headers before anything else
 TIMEOUT_S = 5
 RSS_LIMIT_MIB = 1024
 
@@ -56,7 +71,7 @@ class Way:
     """How a target is run: `note` tells it from the same target under the other sanitizers."""
 
     target: Target
-    program: Path
+    program: tuple[str, ...]
     note: str = ""
 
     @property
@@ -65,21 +80,24 @@ class Way:
 
 
 def ways(chosen: list[Target]) -> list[Way]:
-    """Build all; those with threads twice. Raises subprocess.CalledProcessError."""
-    programs = build(chosen, fuzzing(SANITIZERS), WORK / "programs")
-    threaded = [target for target in chosen if target.threads]
+    """Build all in C; those with threads twice. Raises subprocess.CalledProcessError."""
+    native = [target for target in chosen if not target.is_python]
+    programs = build(native, fuzzing(SANITIZERS), WORK / "programs")
+    threaded = [target for target in native if target.threads]
     watched = build(threaded, fuzzing(THREAD_SANITIZER), WORK / "programs-thread")
-    plain = [Way(target, programs[target.name]) for target in chosen]
-    return plain + [Way(target, watched[target.name], " (threads)") for target in threaded]
+    found = [Way(target, (str(programs[target.name]),)) for target in native]
+    found += [Way(target, (str(watched[target.name]),), " (threads)") for target in threaded]
+    by_atheris = (sys.executable, str(NATIVE / "fuzz/python.py"))
+    return found + [Way(t, (*by_atheris, t.name)) for t in chosen if t.is_python]
 
 
-def run(target: Target, program: Path, seconds: int) -> Outcome:
+def run(target: Target, program: tuple[str, ...], seconds: int) -> Outcome:
     """Fuzz one target, from its committed corpus and what earlier runs have added to that."""
     grown = GROWN / target.name
     for folder in (grown, FOUND, target.corpus):
         folder.mkdir(parents=True, exist_ok=True)
     before = set(FOUND.iterdir())
-    command = [str(program), f"-max_total_time={seconds}", f"-max_len={INPUT_BYTES_MAX}", *LIMITS]
+    command = [*program, f"-max_total_time={seconds}", f"-max_len={INPUT_BYTES_MAX}", *LIMITS]
     command += ["-print_final_stats=1", f"-artifact_prefix={FOUND}/{target.name}-"]
     # Threads take long to start, so each input is to be worth it.
     command += ["-len_control=0"] if target.threads else []
@@ -104,16 +122,29 @@ def run(target: Target, program: Path, seconds: int) -> Outcome:
     )
 
 
-def merge(target: Target, program: Path) -> None:
+def merge_lines(target: Target, new: Path) -> None:
+    """The same where atheris, which cannot merge, has found the inputs."""
+    files = [*target.corpus.iterdir(), *(GROWN / target.name).iterdir()]
+    short = [str(path) for path in files if path.stat().st_size <= COMMITTED_PYTHON_BYTES_MAX]
+    command = [sys.executable, str(NATIVE / "fuzz/lines.py"), target.name, *short]
+    kept = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for path in map(Path, kept.splitlines()):
+        shutil.copy(path, new / hashlib.sha1(path.read_bytes()).hexdigest())
+
+
+def merge(target: Target, program: tuple[str, ...]) -> None:
     """Make the committed corpus anew: the smallest files that reach what all known ones reach."""
     new = WORK / f"merged-{target.name}"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     GROWN.joinpath(target.name).mkdir(parents=True, exist_ok=True)
-    command = [str(program), "-set_cover_merge=1", "-use_counters=0", *LIMITS]
-    command += [f"-max_len={COMMITTED_BYTES_MAX}", str(new)]
-    command += [str(target.corpus), str(GROWN / target.name)]
-    subprocess.run(command, check=True, capture_output=True)
+    if target.is_python:
+        merge_lines(target, new)
+    else:
+        command = [*program, "-set_cover_merge=1", "-use_counters=0", *LIMITS]
+        command += [f"-max_len={COMMITTED_BYTES_MAX}", str(new)]
+        command += [str(target.corpus), str(GROWN / target.name)]
+        subprocess.run(command, check=True, capture_output=True)
     # What once failed is kept by its name, whatever else reaches the same.
     for kept in target.corpus.glob("found-*"):
         shutil.copy(kept, new / kept.name)
@@ -137,7 +168,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     """The command; its exit status."""
-    options, known = arguments(), {target.name: target for target in targets()}
+    options = arguments()
+    known = {target.name: target for target in (*targets(), *python_targets())}
     if options.list:
         print(*known, sep="\n")
         return 0

@@ -17,7 +17,8 @@ PAGE_BYTES = 4096
 SECTOR_BYTES = 512
 
 _SUFFIX = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
-_SIZE = re.compile(r"([0-9]+)([KMGT]?)(?:iB|B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,19})([KMGT]?)(?:iB|B)?", re.IGNORECASE | re.ASCII)
+_SIZE_END = 1 << 63  # as of a file
 
 
 def parse_size(text: str | int, what: str) -> int:
@@ -28,9 +29,11 @@ def parse_size(text: str | int, what: str) -> int:
     if isinstance(text, int):
         return text
     match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise ConfigError("size", f"{what}: {text!r} is not a size; write for example 512M or 2G")
-    return int(match[1]) * _SUFFIX[match[2].upper()]
+    if not match or (size := int(match[1]) * _SUFFIX[match[2].upper()]) >= _SIZE_END:
+        raise ConfigError(
+            "size", f"{what}: {text[:40]!r} is not a size; write for example 512M or 2G"
+        )
+    return size
 
 
 def format_size(size_bytes: int) -> str:

@@ -70,6 +70,14 @@ class _Image:
     setup: bzimage.SetupHeader | None
 
     @property
+    def start(self) -> int:
+        """Lowest guest address that is loaded."""
+        if self.elf is not None:
+            return self.elf.start
+        assert self.setup is not None
+        return _bzimage_address(self.setup)
+
+    @property
     def end(self) -> int:
         """First guest address behind what the kernel needs while it starts."""
         if self.elf is not None:
@@ -195,17 +203,16 @@ def _check_room(memory: GuestMemory, source: BootSource, image: _Image, initrd_b
 
 def _place_kernel(memory: GuestMemory, source: BootSource, image: _Image) -> Gpa | None:
     """Copy the kernel to its place; its PVH entry, if it has one."""
-    if image.elf is None:
-        assert image.setup is not None
-        for chunk in image.chunks:
-            memory.write(_bzimage_address(image.setup), chunk)
-        return None
-    if image.elf.start < layout.HIGH_RAM:
+    if image.start < layout.HIGH_RAM:
         raise ConfigError(
             "kernel",
-            f"Kernel {source.kernel} is linked at {image.elf.start:#x}, below 1 MiB, where the "
+            f"Kernel {source.kernel} is linked at {image.start:#x}, below 1 MiB, where the "
             "machine's own tables are",
         )
+    if image.elf is None:
+        for chunk in image.chunks:
+            memory.write(image.start, chunk)
+        return None
     try:
         return elf.load(memory, image.elf, image.chunks, source.kernel)
     except ValueError as e:

@@ -270,7 +270,14 @@ async def test_a_server_that_does_not_answer_is_given_up(server: WebServer) -> N
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("ftp://x/y", "not an http"), ("http:///y", "not an http"), ("disk.img", "not an http")],
+    [
+        ("ftp://x/y", "not an http"),
+        ("http:///y", "not an http"),
+        ("disk.img", "not an http"),
+        ("http://x:65536/y", "[Pp]ort"),
+        ("http://[::1/y", "Invalid IPv6"),
+        ("http://x/\N{DEGREE SIGN}", "ASCII"),
+    ],
 )
 def test_an_http_disk_needs_a_url(url: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

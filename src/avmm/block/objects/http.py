@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import re
 import ssl
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ BLOCK_BYTES = 256 * KIB
 
 _CONNECTIONS_MAX = 8
 _HEAD_MAX_BYTES = 64 * KIB
+_NUMBER = re.compile("[0-9]{1,18}")
+"""Of bytes, in a header: a disk's offsets have 63 bits. str.isdigit() takes digits of other kinds,
+and int() refuses thousands of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +63,21 @@ class HttpDisk:
     """
 
     def __init__(self, url: str, *, cache_bytes: int = 64 * MIB, timeout_s: float = 30.0) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as e:
+            raise ConfigError("http", f"HttpDisk {url}: {e}") from e
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError("http", f"HttpDisk {url}: not an http or https URL")
         if cache_bytes < BLOCK_BYTES:
             raise ConfigError("http", f"HttpDisk: cache_bytes={cache_bytes} is below {BLOCK_BYTES}")
         self.url = url
         self.size = 0
+        if not url.isascii():
+            raise ConfigError("http", f"HttpDisk {url}: not in ASCII; quote it as RFC 3986 has it")
         self._host, self._tls = parts.hostname, parts.scheme == "https"
-        self._port = parts.port or (443 if self._tls else 80)
+        self._port = port or (443 if self._tls else 80)
         self._authority = parts.netloc.rpartition("@")[2]
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self._blocks_max = cache_bytes // BLOCK_BYTES
@@ -125,15 +135,15 @@ class HttpDisk:
         except OSError as e:
             raise HostError("http", op=f"HttpDisk {self.url}", remedy=str(e)) from e
         size = answer.headers.get("content-range", "").rpartition("/")[2]
-        if answer.status != 206 or not size.isdigit():
+        if answer.status != 206 or not _NUMBER.fullmatch(size):
             raise ConfigError(
                 "http",
                 f"HttpDisk {self.url}: status {answer.status}; the server has to know ranges",
             )
         self.size = int(size)
-        if self.size % SECTOR_BYTES:
+        if not self.size or self.size % SECTOR_BYTES:
             raise ConfigError(
-                "http", f"HttpDisk {self.url}: {self.size} bytes is not a multiple of 512"
+                "http", f"HttpDisk {self.url}: {self.size} bytes is not a positive multiple of 512"
             )
         self._validator = _validator(answer)
 
@@ -226,7 +236,7 @@ class _Connection:
         line, *lines = head.decode("latin-1").split("\r\n")
         version, _, rest = line.partition(" ")
         status = rest.partition(" ")[0]
-        if not version.startswith("HTTP/1.") or not status.isdigit():
+        if not version.startswith("HTTP/1.") or not re.fullmatch("[0-9]{3}", status):
             raise OSError(errno.EIO, f"not an answer of HTTP/1: {line[:80]!r}")
         headers = {
             name.strip().lower(): value.strip()
@@ -234,7 +244,7 @@ class _Connection:
             if separator
         }
         length = headers.get("content-length", "")
-        if status != "206" or not length.isdigit() or int(length) > body_max_bytes:
+        if status != "206" or not _NUMBER.fullmatch(length) or int(length) > body_max_bytes:
             # Whatever it sends besides is not worth reading.
             headers["connection"] = "close"
             return _Answer(int(status), headers, b"")

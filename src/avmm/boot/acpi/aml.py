@@ -177,7 +177,8 @@ def memory_window(gpa: int, size_bytes: int) -> bytes:
     """QWordMemory (ResourceProducer, , MinFixed, MaxFixed, NonCacheable, ReadWrite, 0, gpa, last,
     0, size), or DWordMemory below 4 GiB."""
     last = gpa + size_bytes - 1
-    tag, length, layout = (b"\x87", 23, "IIIII") if last < 1 << 32 else (b"\x8a", 43, "QQQQQ")
+    short = last < 1 << 32 and size_bytes < 1 << 32  # all of the first 4 GiB is too long
+    tag, length, layout = (b"\x87", 23, "IIIII") if short else (b"\x8a", 43, "QQQQQ")
     return tag + struct.pack(
         f"<HBBB{layout}", length, _MEMORY, _PRODUCER, _READ_WRITE, 0, gpa, last, 0, size_bytes
     )

@@ -51,7 +51,11 @@ class AcpiPciRoot:
 def build_tables(
     cpus: int, devices: Sequence[AcpiMmioDevice] = (), pci: AcpiPciRoot | None = None
 ) -> tuple[bytes, Gpa]:
-    """All tables as one block for layout.ACPI_TABLES, and the address of the RSDP in it."""
+    """All tables as one block for layout.ACPI_TABLES, and the address of the RSDP in it.
+
+    Raises ConfigError("devices") for what they have no words or no room for.
+    """
+    _check(devices, pci)
     blob = bytearray(64)  # the RSDP goes here, first: an OS scans for it from this address
 
     def place(table: bytes) -> int:
@@ -73,6 +77,19 @@ def build_tables(
             f"and there is room for {layout.ACPI_TABLES_BYTES}",
         )
     return bytes(blob), layout.ACPI_TABLES
+
+
+def _check(devices: Sequence[AcpiMmioDevice], pci: AcpiPciRoot | None) -> None:
+    for device in devices:
+        if device.index > 0xFF or device.gpa + device.size_bytes > 1 << 32:
+            raise ConfigError(
+                "devices",
+                f"Device {device.index} at {device.gpa:#x}: a device of virtio-mmio is one of 256 "
+                "below 4 GiB",
+            )
+    for gpa, size_bytes in pci.windows if pci is not None else ():
+        if not 0 < size_bytes <= (1 << 64) - 1 - gpa:
+            raise ConfigError("devices", f"PCI window of {size_bytes} bytes at {gpa:#x}")
 
 
 def checksum(data: bytes | bytearray) -> int:
