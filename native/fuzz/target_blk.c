@@ -11,6 +11,7 @@
 #define HEADER_BYTES 16u
 #define HEADERS 4u
 #define DATA_BYTES 1536u /* two of them, next to one another */
+#define COPY_MAX_BYTES 2048u /* two requests may be more */
 #define SECTORS 64u
 
 struct disk {
@@ -36,6 +37,8 @@ static void create(struct disk *disk, struct fuzz_input *in)
         .write_zeroes = bits >> 2 & 1,
         .writeback = bits >> 3 & 1,
         .alignment_bytes = bits & 16 ? 512 : 1,
+        .copies = bits >> 4 & 1,
+        .copy_max_bytes = COPY_MAX_BYTES,
         .lost = bits & 32 ? &disk->lost_errno : NULL,
         .seg_max = 1 + (bits >> 5),
         .depth = DEPTH,

@@ -61,6 +61,7 @@ static void create_disks(struct state_machine *machine, struct fuzz_input *in, u
         .write_zeroes = 1,
         .writeback = 1,
         .alignment_bytes = how & 1 ? 512 : 1,
+        .copy_max_bytes = 1024,
         .lost = &machine->lost_errno,
         .seg_max = 4,
         .depth = DEPTH,
