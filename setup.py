@@ -32,6 +32,13 @@ PROGRAMS = (
         "all but Config(agent=True)",
     ),
     Program(
+        "the launcher of workers",
+        "native/launch",
+        "src/avmm/machine/isolation/avmm-launch",
+        ("-Os", "-static", "-s"),
+        'all but MicroVM(isolation="process")',
+    ),
+    Program(
         "the guest that attacks",
         "native/attacker",
         "src/avmm/bench/avmm-attacker",

@@ -11,6 +11,7 @@
 
 #include "blk.h"
 #include "blk_engine.h"
+#include "walls.h"
 
 struct threads_engine {
     struct av_blk_engine base;
@@ -62,6 +63,7 @@ static void *work(void *argument)
     struct threads_engine *engine = argument;
     uint64_t one = 1;
 
+    av_walls_thread(AV_ROLE_IO);
     pthread_mutex_lock(&engine->lock);
     for (;;) {
         struct av_blk_op *op;

@@ -8,9 +8,11 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "blk_engine.h"
+#include "walls.h"
 
 #define SUBMIT_TRIES 1000
 #define COPY_MAX_BYTES (1u << 20)
@@ -276,9 +278,55 @@ static int ring_init(struct io_uring *ring, uint32_t depth)
     /* Completions are looked at when the thread comes around, so an interrupt of it for each is
      * wasted, as long as it can see that there are some; kernels before 5.19 do not know this. */
     unsigned flags = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
-    int result = io_uring_queue_init(depth, ring, flags);
+    unsigned walls = av_walls_up() ? IORING_SETUP_R_DISABLED : 0;
+    int result = io_uring_queue_init(depth, ring, flags | walls);
 
-    return result == -EINVAL ? io_uring_queue_init(depth, ring, 0) : result;
+    return result == -EINVAL ? io_uring_queue_init(depth, ring, walls) : result;
+}
+
+/* liburing declares functions for these, and some versions of it do not export them. */
+static int ring_register(const struct io_uring *ring, unsigned opcode, const void *argument,
+                         unsigned count)
+{
+    long result = syscall(SYS_io_uring_register, ring->ring_fd, opcode, argument, count);
+
+    return result < 0 ? -errno : 0;
+}
+
+/* No filter of system calls sees what is asked of a ring. Behind walls it does what we need of it,
+ * for good, and that on the registered file alone. */
+static int ring_restrict(struct io_uring *ring)
+{
+    static const uint8_t operations[] = {
+        IORING_OP_READ,  IORING_OP_READV,  IORING_OP_READ_FIXED,  IORING_OP_FSYNC,
+        IORING_OP_WRITE, IORING_OP_WRITEV, IORING_OP_WRITE_FIXED, IORING_OP_FALLOCATE,
+    };
+    static const uint8_t registers[] = {
+        IORING_REGISTER_BUFFERS,
+        IORING_UNREGISTER_BUFFERS,
+        IORING_UNREGISTER_FILES,
+        IORING_REGISTER_SYNC_CANCEL, /* the last: kernels before 6.0 do not know it */
+    };
+    struct io_uring_restriction rules[sizeof(operations) + sizeof(registers) + 2] = {0};
+    unsigned count = 0;
+    int result;
+
+    for (size_t i = 0; i < sizeof(operations); i++, count++) {
+        rules[count].opcode = IORING_RESTRICTION_SQE_OP;
+        rules[count].sqe_op = operations[i];
+    }
+    rules[count].opcode = IORING_RESTRICTION_SQE_FLAGS_ALLOWED;
+    rules[count++].sqe_flags = IOSQE_FIXED_FILE | IOSQE_ASYNC;
+    rules[count].opcode = IORING_RESTRICTION_SQE_FLAGS_REQUIRED;
+    rules[count++].sqe_flags = IOSQE_FIXED_FILE;
+    for (size_t i = 0; i < sizeof(registers); i++, count++) {
+        rules[count].opcode = IORING_RESTRICTION_REGISTER_OP;
+        rules[count].register_op = registers[i];
+    }
+    result = ring_register(ring, IORING_REGISTER_RESTRICTIONS, rules, count);
+    if (result == -EINVAL)
+        result = ring_register(ring, IORING_REGISTER_RESTRICTIONS, rules, count - 1);
+    return result < 0 ? result : ring_register(ring, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
 }
 
 struct av_blk_engine *av_blk_uring_create(int fd, uint32_t depth, bool may_hang, int *error)
@@ -308,6 +356,8 @@ struct av_blk_engine *av_blk_uring_create(int fd, uint32_t depth, bool may_hang,
     result = io_uring_register_files(&engine->ring, &fd, 1);
     if (result == 0)
         result = io_uring_register_eventfd(&engine->ring, engine->base.event_fd);
+    if (result == 0 && av_walls_up())
+        result = ring_restrict(&engine->ring);
     if (result < 0) {
         *error = -result;
         uring_destroy(&engine->base);

@@ -38,6 +38,7 @@ MODULES = (
     "vcpu",
     "vdriver",
     "load",
+    "walls",
 )
 
 # In our own builds a warning is an error; a user's newer compiler may know more of them.

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "home_internal.h"
+#include "walls.h"
 
 #define POLL_FIRST_NS 8000u
 #define EPOLL_EVERY_NS 4000u
@@ -116,6 +117,7 @@ static void *thread_main(void *argument)
     uint64_t limit_ns = home->poll_max_ns, slept_at;
     int count;
 
+    av_walls_thread(AV_ROLE_IO);
     pthread_mutex_lock(&home->lock);
     while (!atomic_load(&home->ending)) {
         step_back(home);

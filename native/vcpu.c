@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "vcpu_internal.h"
+#include "walls.h"
 
 #define SECOND_NS 1000000000u
 /* Exits answered here cost nobody but their vCPU, except that the loop takes what they leave for
@@ -89,6 +90,7 @@ int av_vcpu_enter_thread(void)
     sigset_t set;
     sigfillset(&set);
     sigdelset(&set, kick_signal());
+    av_walls_thread(AV_ROLE_VCPU);
     return -pthread_sigmask(SIG_SETMASK, &set, NULL);
 }
 

@@ -82,7 +82,7 @@ make_venv() {
     VENV=${AVMM_VENV:-$ROOT/.venv}
     need_packages build-essential pkg-config liburing-dev python3-dev python3-venv
     stamp=$(cd "$ROOT" && find pyproject.toml setup.py native src -type f \
-        ! -name '*.pyc' ! -name '*.so' ! -name '*.o' ! -name avmm-agent ! -name avmm-attacker ! -path '*.egg-info/*' -print0 |
+        ! -name '*.pyc' ! -name '*.so' ! -name '*.o' ! -name avmm-agent ! -name avmm-attacker ! -name avmm-launch ! -path '*.egg-info/*' -print0 |
         LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
     [ "$(cat "$VENV/.avmm-stamp" 2>/dev/null)" = "$stamp" ] && return
     [ -x "$VENV/bin/python" ] ||

@@ -16,5 +16,7 @@ void attack_triple_fault(struct target *target);
 void attack_nowhere(struct target *target);
 /* No attack: sound requests for ever, a dot for some of them. */
 void behave(struct target *target);
+/* Reads of a disk, some at a time, and no register meanwhile. */
+void load(struct target *target);
 
 #endif

@@ -14,6 +14,7 @@ static const struct {
     { "triple-fault", attack_triple_fault },
     { "nowhere", attack_nowhere },
     { "behave", behave },
+    { "load", load },
 };
 
 void attack(void)

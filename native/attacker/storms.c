@@ -1,6 +1,7 @@
 /* What does not end by itself. */
 #include "attacks.h"
 
+#define LOAD_CHAINS 4u
 #define NO_QUEUE 0xffffu
 #define DOT_EVERY 2u
 
@@ -169,6 +170,23 @@ void attack_nowhere(struct target *target)
 
     target_open(target);
     at();
+}
+
+void load(struct target *target)
+{
+    struct piece piece[PIECES_MAX];
+    uint32_t len;
+
+    target_open(target);
+    for (;;) {
+        for (unsigned slot = 0; slot < LOAD_CHAINS; slot++) {
+            blk_chain(piece, BLK_T_IN, slot, slot);
+            ring_offer(&target->ring[0], piece, 3);
+        }
+        device_kick(&target->device, 0);
+        for (unsigned taken = 0; taken < LOAD_CHAINS;)
+            taken += ring_take(&target->ring[0], &len);
+    }
 }
 
 void behave(struct target *target)

@@ -38,8 +38,9 @@ if TYPE_CHECKING:
         StopRequested,
     )
     from avmm.machine.lifecycle import State
-    from avmm.machine.machine import MachineStatistics, MicroVM
+    from avmm.machine.machine import MicroVM
     from avmm.machine.reason import ExitKind, ExitReason
+    from avmm.machine.statistics import MachineStatistics
     from avmm.machine.vcpu.thread import VcpuStatistics
     from avmm.vhost_user.server import ServerStatistics, VhostUserServer
     from avmm.virtio.device import DeviceStatistics
@@ -91,7 +92,7 @@ _HOMES = {
     "Link": "avmm.hostnet.fabric",
     "LinkChanged": "avmm.machine.events",
     "LinkStatistics": "avmm.hostnet.cable",
-    "MachineStatistics": "avmm.machine.machine",
+    "MachineStatistics": "avmm.machine.statistics",
     "MicroVM": "avmm.machine.machine",
     "Nic": "avmm.virtio.devices.nic",
     "Paused": "avmm.machine.events",

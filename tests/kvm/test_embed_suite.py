@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from avmm.bench import embed
+from avmm.bench import embed, isolation
 from avmm.bench.record import GOAL, LIMIT, OWN
 from avmm.bench.suite import Options
 
@@ -35,3 +35,11 @@ def test_what_the_limit_of_open_files_forbids_is_left_out(monkeypatch: pytest.Mo
     assert not list(embed.lives(Options(runs=1, seconds=0.001, leave_out=left_out.append)))
     assert "embed with 500 alive: 6000 open files are needed and 5 allowed" in left_out[-1]
     assert "ulimit -Hn" in left_out[-1]
+
+
+def test_microvms_in_workers_are_measured_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "_STARTS", 1)
+    rows = {case.name: case for case in embed.isolated(Options(runs=1, seconds=0.01))}
+    assert len(rows) == 4
+    for case in rows.values():
+        assert all(value > 0 for values in case.series.values() for value in values)

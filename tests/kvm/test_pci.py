@@ -71,8 +71,8 @@ async def guest(tiny_guest: Assemble, body: str) -> AsyncIterator[avmm.MicroVM]:
 
 
 def device_of(vm: avmm.MicroVM) -> VirtioDevice:
-    assert vm._parts is not None
-    return vm._parts.devices["rng0"]
+    assert vm._machine is not None
+    return vm._machine.devices["rng0"]
 
 
 async def test_configuration_space_is_the_same_both_ways(tiny_guest: Assemble) -> None:

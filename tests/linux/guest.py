@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import avmm
 
@@ -168,9 +168,11 @@ class Guests:
         )
 
     @asynccontextmanager
-    async def running(self, script: str = "", **options: Any) -> AsyncIterator[Running]:
+    async def running(
+        self, script: str = "", *, isolation: Literal["process"] | None = None, **options: Any
+    ) -> AsyncIterator[Running]:
         """A started guest; killed on the way out if it still runs."""
-        vm = avmm.MicroVM(self.config(script, **options))
+        vm = avmm.MicroVM(self.config(script, **options), isolation=isolation)
         guest = Running(vm, time.monotonic())
         listening: asyncio.Task[None] | None = None
         try:

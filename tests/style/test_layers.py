@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "avmm"
 
 FLOORS = (
     ("errors", "units", "log", "config", "metrics", "frozen"),
-    ("native", "loop", "eventfd", "kicks", "unixsocket", "kvm", "mem"),
+    ("native", "loop", "descriptors", "eventfd", "kicks", "unixsocket", "kvm", "mem"),
     ("bus", "pci", "legacy", "boot", "block", "hostnet", "vsock", "console", "agent"),
     ("virtio",),
     ("machine", "vhost_user"),

@@ -3,8 +3,8 @@
 Guests of four instructions in this process: the first writes to the console, which is how the
 program knows that it ran; then they halt. How many others are alive is in a row's name. The limit
 is a VM made of KVM's own calls alone, with nothing around it. And what a disk written in Python
-does (python_disk.py), the streams of consoles and ports (console.py), and the guest agent
-(agent.py).
+does (python_disk.py), the streams of consoles and ports (console.py), a worker process
+(isolation.py), and the guest agent (agent.py).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from avmm.bench import agent, console, python_disk
+from avmm.bench import agent, console, isolation, python_disk
+from avmm.bench.pss import pss_bytes
 from avmm.bench.record import GOAL, LIMIT, OWN, Aim, Case
 from avmm.bench.suite import Options
 from avmm.bench.tiny import elf
-from avmm.errors import HostError
 from avmm.kvm.system import Kvm
 from avmm.loop import run as run_loop
 from avmm.machine.config import Config
@@ -73,6 +73,7 @@ def cases(options: Options) -> Iterator[Case]:
     yield from lives(options)
     yield from python_disk.cases(SUITE, options)
     yield from console.cases(SUITE, options)
+    yield from isolated(options)
     yield from agent.cases(SUITE, options)
 
 
@@ -97,6 +98,14 @@ def lives(options: Options) -> Iterator[Case]:
                 yield from _cases(alive, figures, alone, limit)
 
 
+def isolated(options: Options) -> Iterator[Case]:
+    """The rows of microVMs in worker processes."""
+    with tempfile.TemporaryDirectory(prefix="avmm-bench-") as folder:
+        path = os.path.join(folder, "guest")
+        Path(path).write_bytes(GUEST)
+        yield from isolation.cases(SUITE, path, options)
+
+
 def _cases(alive: int, figures: Figures, alone: list[float], limit: list[float]) -> Iterator[Case]:
     series = {OWN: figures.first_s, GOAL: [FIRST_GOAL_S], LIMIT: limit}
     aims = [Aim(GOAL, 1.0)]
@@ -115,10 +124,10 @@ def _cases(alive: int, figures: Figures, alone: list[float], limit: list[float])
 async def _measure(config: Config, alive: int, options: Options) -> Figures:
     figures = Figures([], [], [], [])
     await _pair(config)  # what is loaded and made only once
-    before = _pss_bytes()
+    before = pss_bytes()
     async with _crowd(config, alive - 1):
         if alive > 1:
-            figures.pss_bytes.append((_pss_bytes() - before) / (alive - 1))
+            figures.pss_bytes.append((pss_bytes() - before) / (alive - 1))
         for _ in range(options.runs):
             firsts: list[float] = []
             async for _ in _for(options.seconds):
@@ -210,20 +219,3 @@ def _descriptors() -> Iterator[int]:
         yield hard
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def _pss_bytes() -> int:
-    """This process's memory, shared pages by its part (proc(5)), without that of guests, which
-    is the memory that asks for huge pages."""
-    total = kib = 0
-    try:
-        lines = Path("/proc/self/smaps").read_text().splitlines()
-    except OSError as e:
-        raise HostError("bench", op="open", path="/proc/self/smaps", errno=e.errno) from e
-    for line in lines:
-        name, _, rest = line.partition(":")
-        if name == "Pss":
-            kib = int(rest.split()[0])
-        elif name == "VmFlags" and "hg" not in rest.split():
-            total += kib
-    return total * 1024

@@ -14,6 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import Self
 
+from avmm.descriptors import Opener, open_path
 from avmm.errors import ConfigError, HostError
 from avmm.units import SECTOR_BYTES
 
@@ -60,24 +61,14 @@ class RawDisk:
         self.size_bytes = self.measure()
 
     @classmethod
-    def open(cls, path: str, *, read_only: bool, direct: bool) -> Self:
+    def open(cls, path: str, *, read_only: bool, direct: bool, opener: Opener = open_path) -> Self:
         """Open `path`; one writer or many readers, by an advisory lock on the open file.
 
         Raises ConfigError("disk") for a path, size or use that cannot be, naming it; HostError
         when the host refuses for another reason.
         """
-        flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
-        if direct:
-            flags |= os.O_DIRECT
+        fd = open_image(path, read_only=read_only, direct=direct, opener=opener)
         try:
-            fd = os.open(path, flags)
-        except OSError as e:
-            raise _open_error(path, e, read_only=read_only, direct=direct) from e
-        try:
-            mode = os.fstat(fd).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-                raise ConfigError("disk", f"Disk {path} is neither a file nor a block device")
-            _lock(fd, path, read_only)
             return cls(fd, path, read_only=read_only, direct=direct)
         except BaseException:
             os.close(fd)
@@ -149,6 +140,29 @@ class RawDisk:
                 else:
                     break
         return size_bytes
+
+
+def image_flags(*, read_only: bool, direct: bool) -> int:
+    """How a disk image is opened."""
+    flags = os.O_RDONLY if read_only else os.O_RDWR
+    return flags | os.O_DIRECT if direct else flags
+
+
+def open_image(path: str, *, read_only: bool, direct: bool, opener: Opener = open_path) -> int:
+    """A disk image, opened and locked, for the caller to close. Raises as RawDisk.open()."""
+    try:
+        fd = opener(path, image_flags(read_only=read_only, direct=direct))
+    except OSError as e:
+        raise _open_error(path, e, read_only=read_only, direct=direct) from e
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise ConfigError("disk", f"Disk {path} is neither a file nor a block device")
+        _lock(fd, path, read_only)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _device_number(fd: int, request: int) -> int:

@@ -6,6 +6,7 @@ import errno
 import itertools
 import mmap
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from avmm.boot import bzimage, cmdline, cpio, elf, entry, pvh, zeropage
 from avmm.boot.acpi.tables import AcpiMmioDevice, AcpiPciRoot, build_tables
 from avmm.boot.entry import EntryRegs
 from avmm.boot.zeropage import Placement
+from avmm.descriptors import Opener, closing_fd, open_path
 from avmm.errors import ConfigError, HostError
 from avmm.mem import layout
 from avmm.mem.guest import GuestMemory
@@ -43,7 +45,7 @@ says, and without EFI runtime services jumps to the firmware's entry in real mod
 class BootSource:
     """What to boot. kernel_format: "auto", or the one way to take; see load().
 
-    initrd_extra: a cpio archive to stand behind the initrd.
+    initrd_extra: a cpio archive to stand behind the initrd. opener: of the files.
     """
 
     kernel: str
@@ -54,6 +56,7 @@ class BootSource:
     pci: AcpiPciRoot | None = None
     kernel_format: KernelFormat = "auto"
     initrd_extra: bytes = b""
+    opener: Opener = open_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +97,11 @@ def load(memory: GuestMemory, source: BootSource) -> EntryRegs:
     guest unpacks it itself. Blocks on file reads: call it off the loop.
     Raises ConfigError("kernel" | "initrd" | "memory" | "cmdline"), HostError("kernel" | "initrd").
     """
-    with _mapped(source.kernel, "kernel") as file:
+    with _mapped(source.kernel, "kernel", source.opener) as file:
         image = _open_image(file, source)
         limit = image.setup.cmdline_max if image.setup else cmdline.LINUX_MAX_BYTES
         line = cmdline.encode(source.cmdline, min(limit, layout.CMDLINE_MAX_BYTES - 1))
-        with _mapped(source.initrd, "initrd") as initrd:
+        with _mapped(source.initrd, "initrd", source.opener) as initrd:
             initrd_bytes = _initrd_bytes(source, initrd)
             _check_room(memory, source, image, initrd_bytes)
             pvh_entry = _place_kernel(memory, source, image)
@@ -112,21 +115,37 @@ def load(memory: GuestMemory, source: BootSource) -> EntryRegs:
 
 
 @contextmanager
-def _mapped(path: str | None, what: str) -> Iterator[memoryview]:
+def _mapped(path: str | None, what: str, opener: Opener) -> Iterator[memoryview]:
     if path is None:
         yield memoryview(b"")
         return
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+        with closing_fd(open_boot_file(path, what, opener)) as fd:
+            if os.fstat(fd).st_size == 0:
                 raise ConfigError(what, f"{what.capitalize()} {path} is empty")
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapping = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
     except OSError as e:
-        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise HostError(what, op="open", path=path, errno=e.errno) from e
-        raise ConfigError(what, f"{what.capitalize()} {path}: {os.strerror(e.errno or 0)}") from e
+        raise _file_error(path, what, e) from e
     # Views of it may live on in an unpacked image's traceback; the last one unmaps.
     yield memoryview(mapping)
+
+
+def open_boot_file(path: str, what: str, opener: Opener = open_path) -> int:
+    """A kernel or an initrd, by `what`, for the caller to close. Raises as load()."""
+    try:
+        fd = opener(path, os.O_RDONLY)
+    except OSError as e:
+        raise _file_error(path, what, e) from e
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise _file_error(path, what, IsADirectoryError(errno.EISDIR, "", path))
+    return fd
+
+
+def _file_error(path: str, what: str, e: OSError) -> ConfigError | HostError:
+    if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return HostError(what, op="open", path=path, errno=e.errno)
+    return ConfigError(what, f"{what.capitalize()} {path}: {os.strerror(e.errno or 0)}")
 
 
 def _open_image(file: memoryview, source: BootSource) -> _Image:

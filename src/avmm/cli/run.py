@@ -24,8 +24,9 @@ from avmm.errors import ConfigError, HostError
 from avmm.log import log_to_stderr
 from avmm.loop import run as run_loop
 from avmm.machine.config import DEVICE_STRUCTS, Config
-from avmm.machine.machine import MachineStatistics, MicroVM
+from avmm.machine.machine import MicroVM
 from avmm.machine.reason import ExitKind, ExitReason
+from avmm.machine.statistics import MachineStatistics
 from avmm.virtio.devices.vsock import Vsock
 
 _FLUSH_S = 5.0
@@ -63,6 +64,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--name", metavar="NAME", help="by which other commands find it while it runs (avmm list)"
     )
     parser.add_argument(
+        "--isolate",
+        action="store_true",
+        help="run the guest in a worker process of its own, behind walls (docs/security.md)",
+    )
+    parser.add_argument(
         "--stats",
         action="store_true",
         help="counters as JSON on stderr: the final ones, and the present ones on SIGUSR1",
@@ -83,7 +89,8 @@ def run(options: argparse.Namespace) -> int:
             if instance is not None:
                 config = placed(config, instance)
                 _link_socket(config, instance)
-            ending = run_loop(_run(config, attached, options.stats, instance))
+            isolation: Literal["process"] | None = "process" if options.isolate else None
+            ending = run_loop(_run(config, isolation, attached, options.stats, instance))
     except asyncio.CancelledError:
         return EXIT_TERMINATED
     except HostError as e:
@@ -193,7 +200,13 @@ def _print_statistics(statistics: MachineStatistics, reason: str | None = None) 
     print(json.dumps(values), file=sys.stderr, flush=True)
 
 
-async def _run(config: Config, attached: bool, stats: bool, instance: Instance | None) -> _Ending:
+async def _run(
+    config: Config,
+    isolation: Literal["process"] | None,
+    attached: bool,
+    stats: bool,
+    instance: Instance | None,
+) -> _Ending:
     task = asyncio.current_task()
     assert task is not None
     while True:
@@ -201,7 +214,7 @@ async def _run(config: Config, attached: bool, stats: bool, instance: Instance |
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         with raw_mode(sys.stdin.fileno()) if attached else contextlib.nullcontext():
             async with (
-                MicroVM(config) as vm,
+                MicroVM(config, isolation=isolation) as vm,
                 _attached(vm, attached, stats) as interrupted,
                 _listening(vm, instance),
             ):

@@ -6,8 +6,9 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from avmm.errors import ConfigError, HostError
 from avmm.hostnet.names import parse_host
@@ -141,6 +142,15 @@ class HostTap:
         index = netlink.index(self.name)
         if index is not None:  # else somebody removed the TAP, and the address with it
             netlink.remove_address(index, self.name, str(host.ip), host.network.prefixlen)
+
+
+TapOpener: TypeAlias = Callable[[TapSettings], Awaitable[HostTap]]
+"""open_tap(), or what gives a TAP that was opened elsewhere."""
+
+
+def handed_tap(settings: TapSettings, fds: Sequence[int], *, mtu: int, uso: bool) -> HostTap:
+    """A TAP that somebody else opened and will undo; its descriptors are ours."""
+    return HostTap(settings, fds, created=True, added=False, mtu=mtu, uso=uso)
 
 
 async def open_tap(settings: TapSettings) -> HostTap:

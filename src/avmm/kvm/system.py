@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Self
 
+from avmm.descriptors import Opener, open_path
 from avmm.errors import HostError
 from avmm.kvm import abi
 from avmm.kvm.ioctl import ioctl
@@ -58,10 +59,10 @@ class Kvm:
         self.path = path
 
     @classmethod
-    def open(cls, path: str = KVM_PATH) -> Self:
+    def open(cls, path: str = KVM_PATH, opener: Opener = open_path) -> Self:
         """Open and check the API version. Raises HostError("kvm-open" | "kvm-version")."""
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fd = opener(path, os.O_RDWR)
         except OSError as e:
             remedy = _OPEN_REMEDIES.get(e.errno or 0)
             raise HostError("kvm-open", op="open", path=path, errno=e.errno, remedy=remedy) from e

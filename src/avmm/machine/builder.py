@@ -9,26 +9,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from avmm.agent.program import agent_archive
 from avmm.boot.entry import EntryRegs
 from avmm.boot.load import BootSource, load
-from avmm.console.console import Console
-from avmm.errors import GuestFault, HostError
-from avmm.kvm.system import CpuidEntry, Kvm
+from avmm.descriptors import Opener, open_path
+from avmm.errors import AvmmError, HostError
+from avmm.hostnet.tap import TapOpener, open_tap
+from avmm.kvm.system import KVM_PATH, CpuidEntry, Kvm
 from avmm.kvm.vcpu import Vcpu
 from avmm.kvm.vm import Vm
-from avmm.legacy.acpi_pm import AcpiPm
-from avmm.legacy.serial16550 import Serial16550
 from avmm.log import GuestLog
 from avmm.loop import LoopBridge, on_thread
 from avmm.machine.config import Config
 from avmm.machine.console import SerialConsole
 from avmm.machine.lifecycle import uninterrupted
 from avmm.machine.mmio_slots import MmioSlots, acpi_devices
+from avmm.machine.parts import Parts, Reports
 from avmm.machine.pci_slots import PciSlots, acpi_root
 from avmm.machine.platform import Platform, add_platform
 from avmm.machine.reason import ExitKind, ExitReason
@@ -41,59 +41,35 @@ from avmm.machine.vcpu.wake import Gate
 from avmm.mem import layout
 from avmm.mem.guest import GuestMemory
 from avmm.native import CData, ffi, lib
-from avmm.virtio.device import VirtioDevice
 from avmm.virtio.home import Homes
 
 log = logging.getLogger(__name__)
 
-End = Callable[[ExitReason], None]
 
-
-@dataclass(frozen=True, slots=True)
-class Reports:
-    """Whom the parts tell what happens; all are called on the loop.
-
-    end: whenever the machine has to end, maybe many times. fault, ready, link: of a device, by its
-    id: what the guest did wrong, whether its driver is set up, whether its cable is in.
-    """
-
-    end: End
-    fault: Callable[[str, GuestFault], None]
-    ready: Callable[[str, bool], None]
-    link: Callable[[str, bool], None]
-    console_closed: Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a built machine is made of; owned by the exit stack, used by MicroVM."""
-
-    gate: Gate
-    serial_console: Console
-    serial: Serial16550
-    power: AcpiPm
-    threads: tuple[VcpuThread, ...]
-    devices: dict[str, VirtioDevice]
-    homes: Homes
-    guest_log: GuestLog
-
-
-async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Parts:
-    """The machine, ready to run: its vCPU threads wait at the gate."""
+async def build(
+    config: Config,
+    stack: AsyncExitStack,
+    reports: Reports,
+    opener: Opener = open_path,
+    open_tap: TapOpener = open_tap,
+) -> Parts:
+    """The machine, ready to run: its vCPU threads wait at the gate. opener, open_tap: of all its
+    files and TAPs."""
 
     def on_error(error: BaseException) -> None:
-        reports.end(ExitReason(ExitKind.ERROR, f"{type(error).__name__}: {error}"))
+        known = error if isinstance(error, AvmmError) else None
+        reports.end(ExitReason(ExitKind.ERROR, f"{type(error).__name__}: {error}", known))
 
     guest_log = GuestLog()
     stack.callback(guest_log.tell)
-    kvm = Kvm.open()
+    kvm = Kvm.open(KVM_PATH, opener)
     stack.callback(kvm.close)
     kvm.require_capabilities()
     config.check_host()
     slots = assign_slots(config)
     memory = GuestMemory.create(config.memory_bytes, hugepages=config.hugepages)
     stack.callback(memory.close)
-    async with _preparing(kvm, memory, config, slots) as preparing:
+    async with _preparing(kvm, memory, config, slots, opener) as preparing:
         vm = _create_vm(kvm, memory, stack)
         platform = add_platform(vm, stack, reports.end)
         homes = Homes.create(
@@ -111,6 +87,8 @@ async def build(config: Config, stack: AsyncExitStack, reports: Reports) -> Part
             reports.ready,
             reports.link,
             guest_log,
+            opener,
+            open_tap,
         )
         devices = await plug(slots, backplane, surroundings)
         prepared = await asyncio.shield(preparing)
@@ -172,7 +150,7 @@ def _prepare(kvm: Kvm, memory: GuestMemory, source: BootSource) -> _Prepared:
 
 @asynccontextmanager
 async def _preparing(
-    kvm: Kvm, memory: GuestMemory, config: Config, slots: Sequence[Slot]
+    kvm: Kvm, memory: GuestMemory, config: Config, slots: Sequence[Slot], opener: Opener
 ) -> AsyncIterator[asyncio.Future[_Prepared]]:
     """Load the kernel and ask for CPUID on a thread while the body runs: unpacking a kernel takes
     long, and the user's loop has other work. What the thread uses is not given back before it is
@@ -186,6 +164,7 @@ async def _preparing(
         pci=acpi_root(config.memory_bytes) if config.transport == "pci" else None,
         kernel_format=config.kernel_format,
         initrd_extra=agent_archive(config.next_init()) if config.agent and config.initrd else b"",
+        opener=opener,
     )
     preparing = on_thread(_prepare, kvm, memory, source)
 

@@ -7,18 +7,15 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from avmm.agent.protocol import AGENT_PORT
 from avmm.console.console import Console
 from avmm.errors import ConfigError, GuestFault
-from avmm.frozen import FrozenDict
-from avmm.legacy.serial16550 import SerialStatistics
-from avmm.machine.builder import Parts, Reports, build
+from avmm.machine.builder import build
 from avmm.machine.config import Config
 from avmm.machine.events import (
     EVENTS_LIMIT,
@@ -37,16 +34,10 @@ from avmm.machine.events import (
 )
 from avmm.machine.guest import GuestCalls
 from avmm.machine.lifecycle import State, uninterrupted
+from avmm.machine.parts import Machine, Reports
 from avmm.machine.reason import ExitKind, ExitReason
-from avmm.machine.vcpu.thread import VcpuStatistics
-from avmm.virtio.device import DeviceStatistics
-from avmm.virtio.devices.blk import BlkDevice
-from avmm.virtio.devices.console import ConsoleDevice
-from avmm.virtio.devices.net import NetDevice
+from avmm.machine.statistics import MachineStatistics
 from avmm.virtio.devices.port import GuestPort
-from avmm.virtio.devices.ports import PortsDevice
-from avmm.virtio.devices.vsock import VsockDevice
-from avmm.virtio.home import HomeStatistics
 from avmm.virtio.limit import RateLimit
 from avmm.vsock.host import VsockHost
 
@@ -54,25 +45,6 @@ if TYPE_CHECKING:
     from avmm.agent.client import Agent
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class MachineStatistics:
-    """Counters of one microVM, frozen at the moment of the call; hashable, and JSON by asdict().
-
-    start_s: seconds from start() to the first guest instruction; 0 before.
-    devices: by device id, each device's own record. homes: the loop's, then the I/O threads'.
-    log_lines_left_out: of what the guest's doing would have written to the log; it has room for
-    20 lines at once, and for one more every 10 s.
-    """
-
-    state: str
-    start_s: float
-    vcpus: tuple[VcpuStatistics, ...]
-    console: SerialStatistics
-    devices: Mapping[str, DeviceStatistics]
-    homes: tuple[HomeStatistics, ...]
-    log_lines_left_out: int
 
 
 class MicroVM(GuestCalls):
@@ -86,12 +58,24 @@ class MicroVM(GuestCalls):
     loop or thread raises ConfigError("loop") and does nothing. A call that does not fit the state,
     such as a second start(), raises ConfigError("state"). After the end wait(), stop(), kill(),
     close(), statistics() and what the console has keep answering, and then from anywhere.
+
+    isolation: "process" for a worker process of its own, behind walls (docs/security.md). While
+    the guest runs statistics() are up to half a second old then, and when the worker dies the
+    ExitReason's error is a HostError("worker-died"). Raises ConfigError("isolation") for what
+    cannot be had with it: all but disks on files, NICs on TAPs, consoles and random numbers.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, isolation: Literal["process"] | None = None) -> None:
+        if isolation not in (None, "process"):
+            raise ConfigError("isolation", f"isolation: {isolation!r} is not 'process' or None")
+        if isolation is not None:
+            from avmm.machine.isolation.files import check_isolation
+
+            check_isolation(config)
         self.config = config
+        self.isolation = isolation
         self._state = State.NEW
-        self._parts: Parts | None = None
+        self._machine: Machine | None = None
         self._stack = AsyncExitStack()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
@@ -127,34 +111,21 @@ class MicroVM(GuestCalls):
     def console(self) -> Console:
         """The guest's console, on virtio with Config(console=True) and else `serial`; also after
         the guest ended, for what it printed."""
-        for device in self._running_parts("console", ended=True).devices.values():
-            if isinstance(device, ConsoleDevice):
-                return device.console
-        return self.serial
+        return self._machine_for("console", ended=True).console
 
     @property
     def serial(self) -> Console:
         """The console on the serial port, which every guest has; as `console`."""
-        return self._running_parts("serial", ended=True).serial_console
+        return self._machine_for("serial", ended=True).serial_console
 
     def port(self, name: str) -> GuestPort:
         """A port of Config(ports=Ports([...])), to be opened. Raises ConfigError("port")."""
-        known: list[str] = []
-        for device in self._running_parts("port", ended=True).devices.values():
-            if isinstance(device, PortsDevice):
-                if name in device.ports:
-                    return device.ports[name]
-                known += device.ports
-        there = f"there are {', '.join(known)}" if known else "use Config(ports=Ports([...]))"
-        raise ConfigError("port", f"port: this microVM has no port {name!r}; {there}")
+        return self._machine_for("port", ended=True).port(name)
 
     @property
     def vsock(self) -> VsockHost:
         """Streams to programs of the guest, and from them; with Config(vsock=...)."""
-        for device in self._running_parts("vsock", ended=True).devices.values():
-            if isinstance(device, VsockDevice):
-                return device.host
-        raise ConfigError("vsock", "vsock: this microVM has none; use Config(vsock=Vsock())")
+        return self._machine_for("vsock", ended=True).vsock
 
     async def start(self) -> None:
         """Build the machine and let the guest run; once per object.
@@ -171,11 +142,11 @@ class MicroVM(GuestCalls):
         loop = asyncio.get_running_loop()
         self._ended, self._started = loop.create_future(), loop.create_future()
         try:
-            self._parts = await build(self.config, self._stack, self._reports())
+            self._machine = await self._build()
             if self._close_asked:
                 raise ConfigError("state", "start: this microVM was closed while it started")
             alive: asyncio.Future[None] = loop.create_future()
-            self._life = loop.create_task(self._live(self._parts, alive), name="avmm-microvm")
+            self._life = loop.create_task(self._live(self._machine, alive), name="avmm-microvm")
             # A task that is cancelled before its first step never begins: it has to have begun
             # before anybody relies on what it does in the end.
             await alive
@@ -206,10 +177,10 @@ class MicroVM(GuestCalls):
 
         The reason is STOPPED when the guest powered off in time, KILLED when it did not.
         """
-        parts = self._running_parts("stop", ended=True)
+        machine = self._machine_for("stop", ended=True)
 
         async def press() -> None:
-            parts.power.press_power_button()
+            machine.press_power_button()
 
         return await self._stop(press, grace_s)
 
@@ -220,7 +191,7 @@ class MicroVM(GuestCalls):
         ends all processes, makes the disks' file systems clean and powers off itself. Raises
         ConfigError("agent"), HostError as exec() does.
         """
-        self._running_parts("shutdown", ended=True)
+        self._machine_for("shutdown", ended=True)
         ended = self._ended is None or self._ended.done()
         return await (
             self.wait() if ended else self._stop(self._agent("shutdown").shutdown, grace_s)
@@ -228,7 +199,7 @@ class MicroVM(GuestCalls):
 
     async def kill(self) -> ExitReason:
         """End the guest now, as if its power was cut; acknowledged writes are in the files."""
-        self._running_parts("kill", ended=True)
+        self._machine_for("kill", ended=True)
         self._end(ExitReason(ExitKind.KILLED, "killed by its owner"))
         return await self.wait()
 
@@ -238,17 +209,18 @@ class MicroVM(GuestCalls):
         Cancelled half-way, it lets the guest go on. Raises ConfigError("state") when the guest
         ends first. Nothing to do when it is paused.
         """
-        parts = self._running_parts("pause")
+        machine = self._machine_for("pause")
+
+        def check() -> None:
+            self._machine_for("pause")
+
         async with self._turning:
             try:
-                await parts.gate.pause()
-                for device in parts.devices.values():
-                    self._running_parts("pause")
-                    await device.quiesce()
-                self._running_parts("pause")
+                await machine.pause(check)
+                check()
             except BaseException:
                 if self._state is State.RUNNING:
-                    await uninterrupted(self._go_on(parts))
+                    await uninterrupted(self._go_on(machine))
                 raise
             if self._state is State.RUNNING:
                 self._state = State.PAUSED
@@ -256,10 +228,10 @@ class MicroVM(GuestCalls):
 
     async def resume(self) -> None:
         """Let a paused guest go on; nothing to do when it runs."""
-        parts = self._running_parts("resume")
+        machine = self._machine_for("resume")
         async with self._turning:
             if self._state is State.PAUSED:
-                await uninterrupted(self._go_on(parts))
+                await uninterrupted(self._go_on(machine))
 
     def set_link(self, id: str, up: bool) -> None:
         """Plug the cable of a NIC in or out, at both ends.
@@ -267,10 +239,7 @@ class MicroVM(GuestCalls):
         id: the device's, "net0" for the first NIC without one of its own. Raises ConfigError when
         there is no such NIC, HostError.
         """
-        device = self._running_parts("set_link").devices.get(id)
-        if not isinstance(device, NetDevice):
-            raise ConfigError("device", f"set_link: this microVM has no NIC {id!r}")
-        device.set_link(up)
+        self._machine_for("set_link").set_link(id, up)
 
     def set_disk_limit(self, id: str, limit: RateLimit | None) -> None:
         """Limit how much a disk does from now on; None: no more.
@@ -278,10 +247,7 @@ class MicroVM(GuestCalls):
         id: the device's, "blk0" for the first disk without one of its own. Raises ConfigError when
         there is no such disk, HostError.
         """
-        device = self._running_parts("set_disk_limit").devices.get(id)
-        if not isinstance(device, BlkDevice):
-            raise ConfigError("device", f"set_disk_limit: this microVM has no disk {id!r}")
-        device.set_limit(limit)
+        self._machine_for("set_disk_limit").set_disk_limit(id, limit)
 
     def set_nic_limits(self, id: str, *, rx: RateLimit | None, tx: RateLimit | None) -> None:
         """Limit what a NIC's guest receives and sends from now on; None: no more.
@@ -289,10 +255,7 @@ class MicroVM(GuestCalls):
         id: the device's, "net0" for the first NIC without one of its own. Raises ConfigError when
         there is no such NIC or the kernel serves it (vhost=on), HostError.
         """
-        device = self._running_parts("set_nic_limits").devices.get(id)
-        if not isinstance(device, NetDevice):
-            raise ConfigError("device", f"set_nic_limits: this microVM has no NIC {id!r}")
-        device.set_limits(rx=rx, tx=tx)
+        self._machine_for("set_nic_limits").set_nic_limits(id, rx, tx)
 
     def events(self, limit: int = EVENTS_LIMIT) -> Events:
         """What happens from this call on: `async for event in vm.events()`.
@@ -329,16 +292,15 @@ class MicroVM(GuestCalls):
         """The counters now, or as they were when the guest ended."""
         if self._last_statistics is not None:
             return self._last_statistics
-        parts = self._running_parts("statistics")
-        return MachineStatistics(
-            state=self._state.value,
-            start_s=self._start_s,
-            vcpus=tuple(thread.statistics() for thread in parts.threads),
-            console=parts.serial.statistics(),
-            devices=FrozenDict((name, dev.statistics()) for name, dev in parts.devices.items()),
-            homes=parts.homes.statistics(),
-            log_lines_left_out=parts.guest_log.left_out,
-        )
+        machine = self._machine_for("statistics", ended=self._state is State.STOPPING)
+        return machine.statistics(self._state.value, self._start_s)
+
+    async def _build(self) -> Machine:
+        if self.isolation is None:
+            return await build(self.config, self._stack, self._reports())
+        from avmm.machine.isolation.remote import build_isolated  # most have none
+
+        return await build_isolated(self.config, self._stack, self._reports())
 
     async def _stop(self, ask: Callable[[], Awaitable[None]], grace_s: float | None) -> ExitReason:
         if self._ended is not None and not self._ended.done():
@@ -355,7 +317,7 @@ class MicroVM(GuestCalls):
     def _agent(self, call: str) -> Agent:
         if not self.config.agent:
             raise self._no_agent(call)
-        self._running_parts(call)
+        self._machine_for(call)
         if self._guest_agent is None:
             from avmm.agent.client import Agent
 
@@ -364,12 +326,8 @@ class MicroVM(GuestCalls):
             self._stack.push_async_callback(self._guest_agent.closed)
         return self._guest_agent
 
-    async def _go_on(self, parts: Parts) -> None:
-        for device in parts.devices.values():
-            if self._state not in (State.RUNNING, State.PAUSED):
-                return
-            await device.resume()
-        parts.gate.resume()
+    async def _go_on(self, machine: Machine) -> None:
+        await machine.resume(lambda: self._state in (State.RUNNING, State.PAUSED))
         if self._state is State.PAUSED:
             self._state = State.RUNNING
             self._events.publish(Resumed(self._events.now()))
@@ -386,15 +344,15 @@ class MicroVM(GuestCalls):
             await self._stack.aclose()
         finally:
             if self._life is None:
-                self._parts = None
+                self._machine = None
             self._state = State.STOPPED
             self._events.close()
 
-    async def _live(self, parts: Parts, alive: asyncio.Future[None]) -> ExitReason:
+    async def _live(self, machine: Machine, alive: asyncio.Future[None]) -> ExitReason:
         """From the first guest instruction to the last resource given back."""
         assert self._ended is not None
         self._state = State.RUNNING
-        parts.gate.resume()
+        machine.go()
         self._events.publish(Started(self._events.now()))
         if not alive.done():
             alive.set_result(None)
@@ -405,16 +363,22 @@ class MicroVM(GuestCalls):
             self._end(ExitReason(ExitKind.KILLED, "its event loop ended"))
             reason = self._ended.result()
         self.console.end_reason = self.serial.end_reason = str(reason)
-        self._last_statistics = self.statistics()
-        self._state = State.STOPPING
+        state, self._state = self._state, State.STOPPING
         try:
-            await uninterrupted(self._stack.aclose())
+            await uninterrupted(self._take_down(machine, state))
         finally:
             self._state = State.STOPPED
             self._events.publish(Ended(self._events.now(), reason))
             self._events.close()
         log.debug("microVM ended: %s", reason)
         return reason
+
+    async def _take_down(self, machine: Machine, state: State) -> None:
+        try:
+            await machine.finish()
+            self._last_statistics = machine.statistics(state.value, self._start_s)
+        finally:
+            await self._stack.aclose()
 
     def _end(self, reason: ExitReason) -> None:
         """Loop: the first reason counts."""
@@ -423,8 +387,8 @@ class MicroVM(GuestCalls):
         if self._stop_asked and reason.kind is ExitKind.POWEROFF:
             reason = ExitReason(ExitKind.STOPPED, "the guest powered off when asked to")
         self._ended.set_result(reason)
-        if self._parts is not None:
-            self._parts.gate.stop()
+        if self._machine is not None:
+            self._machine.stop()
 
     def _reports(self) -> Reports:
         events = self._events
@@ -461,13 +425,13 @@ class MicroVM(GuestCalls):
                 "asyncio.run_coroutine_threadsafe() or loop.call_soon_threadsafe()",
             )
 
-    def _running_parts(self, call: str, *, ended: bool = False) -> Parts:
+    def _machine_for(self, call: str, *, ended: bool = False) -> Machine:
         alive = self._state in (State.RUNNING, State.PAUSED)
-        if self._parts is None or not (alive or ended):
+        if self._machine is None or not (alive or ended):
             raise ConfigError("state", f"{call}: {self._described()}")
         if self._state is not State.STOPPED:
             self._belong(call)
-        return self._parts
+        return self._machine
 
     def _described(self) -> str:
         never = self._state is State.STOPPED and self._life is None

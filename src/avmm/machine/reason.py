@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from avmm.errors import AvmmError
 
 
 class ExitKind(enum.Enum):
@@ -20,10 +22,12 @@ class ExitKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ExitReason:
-    """kind for programs, detail for people."""
+    """kind for programs, detail for people. error: with ERROR, what it was, where that is known;
+    it does not count when reasons are compared."""
 
     kind: ExitKind
     detail: str
+    error: AvmmError | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.kind.value}: {self.detail}"

@@ -8,7 +8,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from avmm.descriptors import Opener
 from avmm.errors import ConfigError, GuestFault
+from avmm.hostnet.tap import TapOpener
 from avmm.log import GuestLog
 from avmm.machine.config import Config
 from avmm.mem import layout
@@ -78,6 +80,8 @@ class Surroundings:
     on_ready: Callable[[str, bool], None]
     on_link: Callable[[str, bool], None]
     guest_log: GuestLog
+    opener: Opener
+    open_tap: TapOpener
 
     def context(self, slot: Slot, interrupts: Interrupts) -> DeviceContext:
         """For the device of one slot."""
@@ -95,6 +99,8 @@ class Surroundings:
             on_ready=self.on_ready,
             on_link=self.on_link,
             guest_log=self.guest_log,
+            opener=self.opener,
+            open_tap=self.open_tap,
         )
 
 

@@ -8,7 +8,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from avmm.descriptors import Opener, open_path
 from avmm.errors import GuestFault
+from avmm.hostnet.tap import TapOpener, open_tap
 from avmm.log import GuestLog
 from avmm.mem.guest import GuestMemory
 from avmm.virtio.features import RING_DEFAULT, RingLayout
@@ -30,7 +32,7 @@ class DeviceContext:
     on_fault, on_ready: called on the loop with the id when the guest broke the specification, and
     when its driver has set the device up or left it; only to be told. on_link: so when a NIC's
     cable was plugged in or out.
-    guest_log: for whatever a guest can make a device say.
+    guest_log: for whatever a guest can make a device say. opener, open_tap: of its files and TAPs.
     """
 
     id: str
@@ -46,6 +48,8 @@ class DeviceContext:
     on_ready: Callable[[str, bool], None] = lambda id, ready: None
     on_link: Callable[[str, bool], None] = lambda id, up: None
     guest_log: GuestLog = field(default_factory=GuestLog)
+    opener: Opener = open_path
+    open_tap: TapOpener = open_tap
 
 
 @dataclass(frozen=True, slots=True)

@@ -353,7 +353,9 @@ def _create_native(
 
 async def build(config: Disk, context: DeviceContext) -> BlkDevice:
     """Open and lock the image, then make the device. Raises ConfigError, HostError."""
-    disk = RawDisk.open(config.path, read_only=config.read_only, direct=config.direct)
+    disk = RawDisk.open(
+        config.path, read_only=config.read_only, direct=config.direct, opener=context.opener
+    )
     context.stack.callback(disk.close)
     return BlkDevice(config, disk, context)
 

@@ -23,7 +23,7 @@ from avmm.hostnet.names import (
     parse_mac,
     random_mac,
 )
-from avmm.hostnet.tap import TapSettings, open_tap
+from avmm.hostnet.tap import TapSettings
 from avmm.virtio import features
 from avmm.virtio.chain import ChainQueue
 from avmm.virtio.device import VirtioDevice
@@ -385,13 +385,17 @@ def _tun_offloads(bits: int) -> int:
     return sum(flag for bit, flag in _TUN_OFFLOADS.items() if bits & bit)
 
 
+def tap_settings(config: Tap, cpus: int, io_threads: int) -> TapSettings:
+    """What the TAP of a NIC has to be, in a machine of so many vCPUs and I/O threads."""
+    # vhost-net has a thread for each pair.
+    threads = PAIRS_DEFAULT_MAX if config.vhost else max(io_threads, 1)
+    at_once = min(cpus, threads, PAIRS_DEFAULT_MAX)
+    return TapSettings(config.name, config.host, config.mtu, queues=config.queues or at_once)
+
+
 async def build(config: Tap, context: DeviceContext) -> NetDevice:
     """Open the TAP, then make the device. Raises ConfigError, HostError."""
-    # vhost-net has a thread for each pair.
-    threads = PAIRS_DEFAULT_MAX if config.vhost else max(context.homes.threads, 1)
-    at_once = min(context.cpus, threads, PAIRS_DEFAULT_MAX)
-    settings = TapSettings(config.name, config.host, config.mtu, queues=config.queues or at_once)
-    tap = await open_tap(settings)
+    tap = await context.open_tap(tap_settings(config, context.cpus, context.homes.threads))
     context.stack.push_async_callback(tap.close)
     if config.queues is not None and len(tap.fds) != config.queues:
         raise ConfigError(
