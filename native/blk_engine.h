@@ -29,8 +29,8 @@ struct av_blk_op_list {
 static inline void av_blk_op_append(struct av_blk_op_list *list, struct av_blk_op *op)
 {
     op->next = NULL;
-    if (list->first == NULL)
-        list->first = op;
+    if (list->first == NULL) /* somebody without a lock may look whether there is one */
+        __atomic_store_n(&list->first, op, __ATOMIC_RELAXED);
     else
         list->last->next = op;
     list->last = op;

@@ -112,7 +112,7 @@ static void threads_reap(struct av_blk_engine *base, av_blk_done *done, void *co
 
     pthread_mutex_lock(&engine->lock);
     op = engine->finished.first;
-    engine->finished.first = NULL;
+    __atomic_store_n(&engine->finished.first, NULL, __ATOMIC_RELAXED);
     pthread_mutex_unlock(&engine->lock);
     av_blk_op_give_back(op, done, context);
 }
