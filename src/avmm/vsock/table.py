@@ -127,15 +127,18 @@ class Table:
             at = end
 
     def _receive(self, header: Header, payload: memoryview) -> None:
-        if header.src_cid != self.cid or header.dst_cid != CID_HOST:
-            self.counters.strayed += 1  # nobody it could be answered as
+        if header.src_cid != self.cid:
+            self.counters.strayed += 1  # nobody it could be answered to
             return
+        # A packet to another guest is answered as one to a port where nobody listens: this host
+        # joins no guests, and one that hears nothing would wait until it gives up.
+        understood = header.dst_cid == CID_HOST and header.type == TYPE_STREAM
         connection = None
-        if header.type == TYPE_STREAM:
+        if understood:
             connection = self._connections.get((header.dst_port, header.src_port))
         if connection is not None:
             connection.receive(header, payload)
-        elif header.op == Op.REQUEST and header.type == TYPE_STREAM:
+        elif understood and header.op == Op.REQUEST:
             self._on_asked(header)
         elif header.op != Op.RST:
             self.counters.strayed += 1

@@ -325,14 +325,31 @@ async def test_5_10_6_4_an_unknown_type_is_reset(rigged: Rigged) -> None:
         assert header.type == 1
 
 
-async def test_5_10_6_2_other_addresses_are_nobody(rigged: Rigged) -> None:
+async def test_5_10_6_2_nobody_sends_in_anothers_name(rigged: Rigged) -> None:
     async with vsock_guest(rigged) as guest, await guest.host.serve(SERVED, Served()):
         guest.send(Op.REQUEST, SERVED, 7, src_cid=4)
-        guest.send(Op.REQUEST, SERVED, 7, dst_cid=1)
-        guest.send(Op.REQUEST, SERVED, 7, dst_cid=2 | 1 << 40)
+        guest.send(Op.REQUEST, SERVED, 7, src_cid=CID | 1 << 40)
         await settle()
-        assert guest.counter("strayed") == 3
+        assert not guest.has_packet()
+        assert guest.counter("strayed") == 2
         assert guest.counter("connections") == 0
+
+
+@pytest.mark.parametrize("cid", [0, 1, CID, 4, 0xFFFF_FFFF, 2 | 1 << 40])
+async def test_5_10_6_5_nobody_listens_at_another_address(rigged: Rigged, cid: int) -> None:
+    async with vsock_guest(rigged) as guest, await guest.host.serve(SERVED, Served()):
+        reader, writer, host_port = await connected(guest)
+        for op, host, port in ((Op.REQUEST, SERVED, 7), (Op.RW, host_port, PORT)):
+            guest.send(op, host, port, b"x" * (op == Op.RW), dst_cid=cid)
+            header, _ = await guest.packet()
+            assert (header.op, header.src_cid, header.dst_cid) == (Op.RST, cid, CID)
+            assert (header.src_port, header.dst_port) == (host, port)
+        guest.send(Op.RST, host_port, PORT, dst_cid=cid)
+        guest.send(Op.RW, host_port, PORT, b"goes on")
+        assert await reader.readexactly(7) == b"goes on"
+        assert guest.counter("strayed") == 2
+        assert guest.counter("connections") == 1
+        writer.close()
 
 
 @pytest.mark.parametrize("data", [bytes(43), None], ids=["no header", "shorter than its length"])
