@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 
 import pytest
 
@@ -26,6 +25,21 @@ from avmm.virtio.state import DEVICE_NEEDS_RESET
 from avmm.virtio.transport import mmio
 from fakes.driver_queue import Segment
 from fakes.mmio_driver import settle
+from fakes.net_commands import (
+    ANNOUNCE_ACK,
+    BROADCAST,
+    GROUP,
+    MAC,
+    OTHER,
+    PROMISC_OFF,
+    frame,
+    mac_address,
+    mac_table,
+    offloads,
+    rx_mode,
+    use_pairs,
+    vlan,
+)
 from fakes.net_rig import CONTROL_GPA, HEADER, Net, Plugged, net_rig
 
 OK, ERROR = 0, 1
@@ -33,40 +47,11 @@ STATUS = mmio.CONFIG + 6
 PAIRS_MAX = mmio.CONFIG + 8
 LINK_UP, ANNOUNCE = 1, 2
 
-MAC = bytes.fromhex("525400000001")
-OTHER = bytes.fromhex("525400000002")
-GROUP = bytes.fromhex("01005e000001")
-BROADCAST = b"\xff" * 6
-
-PROMISC_OFF = bytes([0, RxFlag.PROMISC, 0])
-
 
 @pytest.fixture(params=[0, 1], ids=["loop", "thread"])
 def plugged(request: pytest.FixtureRequest) -> Plugged:
     """net_rig() on each kind of home, with a known address."""
     return functools.partial(net_rig, request.param, mac=MAC.hex(":"))
-
-
-def mac_table(unicast: list[bytes], multicast: list[bytes]) -> bytes:
-    tables = [struct.pack("<I", len(table)) + b"".join(table) for table in (unicast, multicast)]
-    return bytes([1, 0]) + b"".join(tables)
-
-
-def offloads(bits: int) -> bytes:
-    return bytes([5, 0]) + struct.pack("<Q", bits)
-
-
-def use_pairs(count: int) -> bytes:
-    return bytes([4, 0]) + struct.pack("<H", count)
-
-
-def vlan(number: int, *, add: bool = True) -> bytes:
-    return bytes([2, 0 if add else 1]) + struct.pack("<H", number)
-
-
-def frame(to: bytes, *, vlan: int | None = None) -> bytes:
-    tag = b"" if vlan is None else b"\x81\x00" + struct.pack(">H", vlan)
-    return to + OTHER + tag + b"\x08\x00" + bytes(46)
 
 
 @pytest.mark.parametrize(
@@ -156,14 +141,14 @@ async def test_without_promisc_frames_for_others_are_dropped(plugged: Plugged) -
         ([mac_table([], [GROUP]), mac_table([], [])], GROUP, False),
         ([mac_table([bytes([2, 0, 0, 0, 0, n]) for n in range(100)], [])], OTHER, True),
         ([mac_table([], [bytes([3, 0, 0, 0, 0, n]) for n in range(100)])], GROUP, True),
-        ([bytes([0, RxFlag.ALLMULTI, 1])], GROUP, True),
-        ([bytes([0, RxFlag.ALLMULTI, 1]), bytes([0, RxFlag.ALLMULTI, 0])], GROUP, False),
-        ([bytes([0, RxFlag.ALLMULTI, 1]), bytes([0, RxFlag.NOMULTI, 1])], GROUP, False),
-        ([bytes([0, RxFlag.ALLUNI, 1])], OTHER, True),
-        ([mac_table([OTHER], []), bytes([0, RxFlag.NOUNI, 1])], OTHER, False),
-        ([bytes([0, RxFlag.NOBCAST, 1])], BROADCAST, False),
-        ([bytes([1, 1]) + OTHER], OTHER, True),
-        ([bytes([0, RxFlag.PROMISC, 1])], OTHER, True),
+        ([rx_mode(RxFlag.ALLMULTI, 1)], GROUP, True),
+        ([rx_mode(RxFlag.ALLMULTI, 1), rx_mode(RxFlag.ALLMULTI, 0)], GROUP, False),
+        ([rx_mode(RxFlag.ALLMULTI, 1), rx_mode(RxFlag.NOMULTI, 1)], GROUP, False),
+        ([rx_mode(RxFlag.ALLUNI, 1)], OTHER, True),
+        ([mac_table([OTHER], []), rx_mode(RxFlag.NOUNI, 1)], OTHER, False),
+        ([rx_mode(RxFlag.NOBCAST, 1)], BROADCAST, False),
+        ([mac_address(OTHER)], OTHER, True),
+        ([rx_mode(RxFlag.PROMISC, 1)], OTHER, True),
     ],
 )
 async def test_the_filter_is_what_the_driver_made_it(
@@ -203,7 +188,7 @@ async def test_tagged_frames_pass_for_the_networks_that_were_added(plugged: Plug
 async def test_a_reset_forgets_filter_and_address(plugged: Plugged) -> None:
     async with plugged() as net:
         assert await net.control(PROMISC_OFF) == OK
-        assert await net.control(bytes([1, 1]) + OTHER) == OK
+        assert await net.control(mac_address(OTHER)) == OK
         assert net.rig.device.config.data[:6] == OTHER
         await net.rig.driver.start()
         assert net.rig.device.config.data[:6] == MAC
@@ -231,7 +216,7 @@ async def test_the_driver_is_asked_to_announce_itself_and_acknowledges(plugged: 
         await device.resume()
         assert await driver.interrupted() == CONFIG_CHANGE
         assert driver.read(STATUS, 2) == LINK_UP | ANNOUNCE
-        assert await net.control(bytes([3, 0])) == OK
+        assert await net.control(ANNOUNCE_ACK) == OK
         assert driver.read(STATUS, 2) == LINK_UP
 
 
@@ -306,7 +291,7 @@ async def test_what_is_no_command_is_answered_and_counted(plugged: Plugged, comm
 
 @pytest.mark.parametrize(
     "command",
-    [PROMISC_OFF, bytes([0, 2, 1]), mac_table([], []), bytes([1, 1]) + MAC, vlan(1), bytes([3, 0])],
+    [PROMISC_OFF, bytes([0, 2, 1]), mac_table([], []), mac_address(MAC), vlan(1), ANNOUNCE_ACK],
 )
 async def test_commands_without_their_feature_are_refused(command: bytes) -> None:
     async with net_rig(0, features.VERSION_1 | features.NET_CTRL_VQ) as net:
