@@ -77,7 +77,7 @@ class AnnounceAck:
 
 @dataclass(frozen=True, slots=True)
 class PairsInUse:
-    """How many queue pairs the driver uses (5.1.6.5.6.1)."""
+    """How many queue pairs the driver uses (5.1.6.5.6)."""
 
     count: int
     feature: ClassVar[int] = features.NET_MQ
@@ -85,7 +85,7 @@ class PairsInUse:
 
 @dataclass(frozen=True, slots=True)
 class GuestOffloads:
-    """The offloads that the driver can take now, as feature bits (5.1.6.5.7)."""
+    """The offloads that the driver can take now, as feature bits (5.1.6.5.8)."""
 
     bits: int
     feature: ClassVar[int] = features.NET_CTRL_GUEST_OFFLOADS
