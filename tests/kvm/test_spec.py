@@ -5,158 +5,27 @@ The device is rng, and its driver uses one split ring of 8 entries, without inte
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
-
 import pytest
 
-import avmm
-from avmm.mem import layout
 from avmm.pci import function as header
 from avmm.virtio.interrupt import CONFIG_CHANGE, USED_BUFFER
-from avmm.virtio.state import ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FEATURES_OK
-from avmm.virtio.transport import mmio, pci, pci_common
-
-Assemble = Callable[[str], Path]
-Transport = Literal["mmio", "pci"]
-
-SPACE = layout.PCI_ECAM + (1 << 15)
-COMMON, SLOT = layout.PCI_MEMORY + pci.COMMON, int(layout.VIRTIO_MMIO)
-READY = ACKNOWLEDGE | DRIVER | FEATURES_OK
-DESC, DRIVER_AREA, DEVICE_AREA, BUFFER = 0x300000, 0x301000, 0x302000, 0x303000
-USED_IDX = DEVICE_AREA + 2
-
-MMIO = {
-    "magic": (SLOT + mmio.MAGIC_VALUE, "l"),
-    "version": (SLOT + mmio.VERSION, "l"),
-    "offered_select": (SLOT + mmio.DEVICE_FEATURES_SEL, "l"),
-    "offered": (SLOT + mmio.DEVICE_FEATURES, "l"),
-    "accepted_select": (SLOT + mmio.DRIVER_FEATURES_SEL, "l"),
-    "accepted": (SLOT + mmio.DRIVER_FEATURES, "l"),
-    "status": (SLOT + mmio.STATUS, "l"),
-    "queue_size": (SLOT + mmio.QUEUE_SIZE, "l"),
-    "queue_ready": (SLOT + mmio.QUEUE_READY, "l"),
-    "desc": (SLOT + mmio.QUEUE_DESC_LOW, "l"),
-    "driver": (SLOT + mmio.QUEUE_DRIVER_LOW, "l"),
-    "device": (SLOT + mmio.QUEUE_DEVICE_LOW, "l"),
-    "notify": (SLOT + mmio.QUEUE_NOTIFY, "l"),
-    "interrupts": (SLOT + mmio.INTERRUPT_STATUS, "l"),
-    "acknowledge": (SLOT + mmio.INTERRUPT_ACK, "l"),
-}
-PCI = {
-    "function_status": (SPACE + header.STATUS, "w"),
-    "command": (SPACE + header.COMMAND, "w"),
-    "offered_select": (COMMON + pci_common.DEVICE_FEATURE_SELECT, "l"),
-    "offered": (COMMON + pci_common.DEVICE_FEATURE, "l"),
-    "accepted_select": (COMMON + pci_common.DRIVER_FEATURE_SELECT, "l"),
-    "accepted": (COMMON + pci_common.DRIVER_FEATURE, "l"),
-    "status": (COMMON + pci_common.DEVICE_STATUS, "b"),
-    "queue_size": (COMMON + pci_common.QUEUE_SIZE, "w"),
-    "queue_ready": (COMMON + pci_common.QUEUE_ENABLE, "w"),
-    "desc": (COMMON + pci_common.QUEUE_DESC, "l"),
-    "driver": (COMMON + pci_common.QUEUE_DRIVER, "l"),
-    "device": (COMMON + pci_common.QUEUE_DEVICE, "l"),
-    "notify": (layout.PCI_MEMORY + pci.NOTIFY, "w"),
-    "interrupts": (layout.PCI_MEMORY + pci.ISR, "b"),
-}
-REGISTERS = {"b": "%al", "w": "%ax", "l": "%eax"}
-LAST = """
-    putc 'y'
-    poweroff
-fail:
-    putc 'n'
-    poweroff
-"""
-
-
-class Guest:
-    """The text of a guest, a step a call."""
-
-    def __init__(self, transport: Transport) -> None:
-        self.transport = transport
-        self.places = MMIO if transport == "mmio" else PCI
-        self.text = ""
-        self._labels = 0
-        if transport == "pci":
-            self.put("command", header.COMMAND_MEMORY | 4)
-
-    def store(self, gpa: int, size: str, value: int) -> None:
-        self.text += f"mov ${gpa:#x}, %ebx\nmov{size} ${value:#x}, (%rbx)\n"
-
-    def expect(self, gpa: int, size: str, value: int, mask: int = -1) -> None:
-        register = REGISTERS[size]
-        self.text += f"mov ${gpa:#x}, %ebx\nmov{size} (%rbx), {register}\n"
-        if mask != -1:
-            self.text += f"and ${mask:#x}, {register}\n"
-        self.text += f"cmp ${value:#x}, {register}\njne fail\n"
-
-    def put(self, name: str, value: int) -> None:
-        gpa, size = self.places[name]
-        self.store(gpa, size, value)
-
-    def see(self, name: str, value: int, mask: int = -1) -> None:
-        gpa, size = self.places[name]
-        self.expect(gpa, size, value, mask)
-
-    def await_used(self, idx: int) -> None:
-        self._labels += 1
-        self.text += f"used{self._labels}: mov ${USED_IDX:#x}, %ebx\n"
-        self.text += f"movw (%rbx), %ax\ncmp ${idx}, %ax\njne used{self._labels}\n"
-
-    def linger(self) -> None:
-        """Time for a device that would do what it must not: exits, one after the other."""
-        self._labels += 1
-        gpa, size = self.places["status"]
-        self.text += f"mov $300, %ecx\nlinger{self._labels}: mov ${gpa:#x}, %ebx\n"
-        self.text += f"mov{size} (%rbx), {REGISTERS[size]}\ndec %ecx\njnz linger{self._labels}\n"
-
-    def negotiate(self, low: int = 0, high: int = 1) -> None:
-        """From reset to FEATURES_OK, with VERSION_1 only."""
-        self.put("status", 0)
-        self.put("status", ACKNOWLEDGE | DRIVER)
-        for select, word in enumerate((low, high)):
-            self.put("accepted_select", select)
-            self.put("accepted", word)
-        self.put("status", READY)
-
-    def set_up_queue(self) -> None:
-        self.put("queue_size", 8)
-        for name, gpa in (("desc", DESC), ("driver", DRIVER_AREA), ("device", DEVICE_AREA)):
-            self.put(name, gpa)
-        self.put("queue_ready", 1)
-
-    def start(self) -> None:
-        self.negotiate()
-        self.set_up_queue()
-        self.put("status", READY | DRIVER_OK)
-
-    def offer(self, idx: int, head: int = 0) -> None:
-        """The buffer, as descriptor 0, and as available element idx - 1; a notification."""
-        for gpa, value in ((DESC, BUFFER), (DESC + 4, 0), (DESC + 8, 16), (DESC + 12, 2)):
-            self.store(gpa, "l", value)
-        self.store(DRIVER_AREA + 4 + 2 * (idx - 1), "w", head)
-        self.store(DRIVER_AREA + 2, "w", idx)
-        self.put("notify", 0)
+from avmm.virtio.state import ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK
+from kvm.tiny_driver import (
+    BUFFER,
+    DEVICE_AREA,
+    DRIVER_AREA,
+    READY,
+    REGISTERS,
+    USED_IDX,
+    Assemble,
+    Guest,
+    run,
+)
 
 
 @pytest.fixture(params=["mmio", "pci"])
 def tiny(request: pytest.FixtureRequest) -> Guest:
     return Guest(request.param)
-
-
-async def run(tiny_guest: Assemble, tiny: Guest) -> None:
-    """All that the guest expected was so."""
-    config = avmm.Config(
-        kernel=str(tiny_guest(tiny.text + LAST)),
-        memory="4M",
-        cmdline="",
-        rng=True,
-        transport=tiny.transport,
-    )
-    async with avmm.MicroVM(config) as vm:
-        await vm.wait()
-        assert vm.console.scrollback == b"y"
 
 
 @pytest.mark.spec("2.2.2", "refuse FEATURES_OK with features it does not accept")
@@ -173,7 +42,7 @@ async def test_features_are_offered_and_refused(tiny_guest: Assemble, tiny: Gues
     tiny.see("status", READY)
     tiny.put("status", 0)
     tiny.see("status", 0)
-    await run(tiny_guest, tiny)
+    await run(tiny_guest, tiny, rng=True)
 
 
 @pytest.mark.spec(
@@ -190,7 +59,7 @@ async def test_buffers_wait_for_driver_ok(tiny_guest: Assemble, tiny: Guest) -> 
     tiny.put("status", READY | DRIVER_OK)
     tiny.await_used(1)
     tiny.expect(DEVICE_AREA + 8, "l", 16)
-    await run(tiny_guest, tiny)
+    await run(tiny_guest, tiny, rng=True)
 
 
 @pytest.mark.spec(
@@ -210,7 +79,7 @@ async def test_after_a_reset_nothing_is_touched(tiny_guest: Assemble, tiny: Gues
     tiny.expect(BUFFER, "l", 0)
     tiny.see("interrupts", 0)
     tiny.see("queue_ready", 0)
-    await run(tiny_guest, tiny)
+    await run(tiny_guest, tiny, rng=True)
 
 
 @pytest.mark.spec(
@@ -231,7 +100,7 @@ async def test_a_broken_ring_is_told_and_mended(tiny_guest: Assemble, tiny: Gues
     tiny.see("status", READY | DRIVER_OK)
     tiny.offer(1)
     tiny.await_used(1)
-    await run(tiny_guest, tiny)
+    await run(tiny_guest, tiny, rng=True)
 
 
 def await_interrupt_status(tiny: Guest) -> None:
@@ -256,7 +125,7 @@ async def test_an_mmio_device_shows_events_until_acknowledged(tiny_guest: Assemb
     for mask, left in ((CONFIG_CHANGE, USED_BUFFER), (USED_BUFFER, 0)):
         tiny.put("acknowledge", mask)
         tiny.see("interrupts", left)
-    await run(tiny_guest, tiny)
+    await run(tiny_guest, tiny, rng=True)
 
 
 @pytest.mark.spec("4.1.4.5.1", "without MSI-X set ISR's queue bit before it notifies of use")
@@ -274,4 +143,4 @@ async def test_a_pci_device_shows_events_until_the_isr_is_read(tiny_guest: Assem
     tiny.see("interrupts", USED_BUFFER)
     tiny.see("interrupts", 0)
     tiny.see("function_status", 0x10)
-    await run(tiny_guest, tiny)
+    await run(tiny_guest, tiny, rng=True)
