@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -69,7 +70,16 @@ static void serve_file(int fd, uint8_t type, const unsigned char *payload, size_
         av_files_serve(type, &file, path, other);
 }
 
-static void serve(struct av_session *s, uint8_t type, const unsigned char *payload, size_t size)
+static void end_with(pid_t agent)
+{
+    /* Or one that waits for a FIFO's other end would stay for ever. */
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != agent)
+        _exit(1);
+}
+
+static void serve(struct av_session *s, pid_t agent, uint8_t type, const unsigned char *payload,
+                  size_t size)
 {
     int fd = s->connection.fd;
     sigset_t none;
@@ -80,13 +90,14 @@ static void serve(struct av_session *s, uint8_t type, const unsigned char *paylo
     av_wire_begin(fd, &s->in);
     if (type == AV_SHUTDOWN)
         shut_down(payload, size);
+    end_with(agent);
     serve_file(fd, type, payload, size);
     _exit(0);
 }
 
 void av_worker_start(struct av_session *s, uint8_t type, unsigned char *payload, size_t size)
 {
-    pid_t pid;
+    pid_t pid, agent = getpid();
 
     /* What has been said goes first; a client that sends requests and does not listen to the
      * answers is none. */
@@ -97,7 +108,7 @@ void av_worker_start(struct av_session *s, uint8_t type, unsigned char *payload,
         return;
     pid = fork();
     if (pid == 0)
-        serve(s, type, payload, size);
+        serve(s, agent, type, payload, size);
     if (pid < 0) {
         av_session_end(s);
         return;

@@ -14,7 +14,7 @@ import pytest
 from avmm import HostError
 from avmm.agent.client import Agent
 from avmm.agent.files import Files
-from fakes.agent_program import AgentProgram, until
+from fakes.agent_program import AgentProgram, is_gone, running, until
 
 
 @pytest.fixture
@@ -213,6 +213,19 @@ async def test_a_file_too_large_to_hold_is_refused(
     with pytest.raises(HostError, match="download") as caught:
         await files.read("/dev/zero")
     assert caught.value.kind == "file-size"
+
+
+async def test_a_file_that_blocks_does_not_outlive_the_agent(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with running(tmp_path / "agent.sock") as program:
+        agent = Agent(program.connect(), ready_timeout_s=20)
+        reading = asyncio.create_task(agent.files.read(tmp_path / "fifo"))
+        await until(lambda: len(program.children()) == 1)
+        (worker,) = program.children()
+    with pytest.raises(HostError):
+        await reading
+    await agent.closed()
+    await until(lambda: is_gone(worker))
 
 
 async def test_a_file_that_blocks_does_not_block_the_agent(agent: Agent, tmp_path: Path) -> None:
