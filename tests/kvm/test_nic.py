@@ -11,7 +11,7 @@ import avmm
 from avmm.virtio.transport.pci_common import QUEUE_SELECT
 from fakes.frames import BROADCAST, A, frame
 from fakes.mmio_driver import eventually
-from kvm.test_python_device import COMMON, DRIVER, NOTIFY, USED
+from fakes.tiny_driver import COMMON, DRIVER, NOTIFY, USED
 
 Assemble = Callable[[str], Path]
 
