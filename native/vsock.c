@@ -151,6 +151,36 @@ static void collect(struct av_vsock *vsock)
     vsock->more_events = count == EVENTS;
 }
 
+static void tell_room(struct av_vsock *vsock)
+{
+    vsock->python_starved = false;
+    av_vsock_tell(vsock, AV_VSOCK_ROOM);
+}
+
+/* Whether more room in the receive ring would be of use. */
+static bool wants_room(const struct av_vsock *vsock)
+{
+    return !vsock->python_turn && (vsock->rx_starved || vsock->python_starved);
+}
+
+/* As av_vsock_deliver(). Where there is too little room, Python has it in turns with the lane,
+ * which is always quicker to take it. */
+static int deliver(struct av_vsock *vsock)
+{
+    int result;
+
+    if (vsock->python_starved && vsock->python_first && av_vring_pending(vsock->rx)) {
+        vsock->python_turn = true;
+        tell_room(vsock);
+    }
+    if (vsock->python_turn)
+        return 0;
+    result = av_vsock_deliver(vsock);
+    if (vsock->python_starved && av_vring_pending(vsock->rx))
+        tell_room(vsock);
+    return result;
+}
+
 static int vsock_run(struct av_lane *lane, uint32_t ready)
 {
     struct av_vsock *vsock = of(lane);
@@ -168,11 +198,7 @@ static int vsock_run(struct av_lane *lane, uint32_t ready)
         collect(vsock);
     came = av_vsock_transmit(vsock);
     av_vring_kicks_off(vsock->rx);
-    sent = av_vsock_deliver(vsock);
-    if (vsock->python_starved && av_vring_pending(vsock->rx)) {
-        vsock->python_starved = false;
-        av_vsock_tell(vsock, AV_VSOCK_ROOM);
-    }
+    sent = deliver(vsock);
     if (came < 0 || sent < 0)
         return came < 0 ? came : sent;
     return came | sent | vsock->more_events;
@@ -187,7 +213,7 @@ static bool vsock_arm(struct av_lane *lane)
         return false;
     if (!vsock->tx_blocked)
         more = av_vring_kicks_on(vsock->tx) != 0;
-    if (vsock->rx_starved || vsock->python_starved)
+    if (wants_room(vsock))
         more |= av_vring_kicks_on(vsock->rx) != 0;
     return more;
 }
@@ -198,7 +224,7 @@ static bool vsock_pending(struct av_lane *lane)
 
     return lane->taking &&
            ((!vsock->tx_blocked && av_vring_pending(vsock->tx)) ||
-            ((vsock->rx_starved || vsock->python_starved) && av_vring_pending(vsock->rx)));
+            (wants_room(vsock) && av_vring_pending(vsock->rx)));
 }
 
 static bool vsock_idle(const struct av_lane *lane)
@@ -388,6 +414,7 @@ void av_vsock_reset(struct av_vsock *vsock)
     }
     vsock->inbox->count = vsock->inbox->bytes = 0;
     vsock->tx_blocked = vsock->rx_starved = vsock->python_starved = false;
+    vsock->python_first = vsock->python_turn = false;
     vsock->news &= AV_VSOCK_TIMER;
     av_lane_unlock(&vsock->lane);
 }
@@ -455,5 +482,9 @@ void av_vsock_flush(struct av_vsock *vsock)
 {
     av_lane_lock(&vsock->lane);
     flush_rx(vsock);
+    vsock->python_first = false;
+    if (vsock->python_turn)
+        av_lane_wake(&vsock->lane);
+    vsock->python_turn = false;
     av_lane_unlock(&vsock->lane);
 }

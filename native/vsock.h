@@ -45,7 +45,8 @@ struct av_vsock_batch {
     uint32_t bytes;
 };
 
-/* INBOX: packets wait. ROOM: where a packet of Python's found none, there is some now.
+/* INBOX: packets wait. ROOM: where a packet of Python's found none, there is some now, and maybe
+ * kept for it until av_vsock_flush().
  * TIMER: a connection waits for the guest, so av_vsock_expire() is to be called now and then. */
 enum av_vsock_news { AV_VSOCK_INBOX = 1, AV_VSOCK_ROOM = 2, AV_VSOCK_TIMER = 4 };
 
@@ -83,7 +84,7 @@ int64_t av_vsock_put(struct av_vsock *vsock, const uint8_t *header, const uint8_
                      uint32_t bytes);
 /* The same of a packet that is only a header. 1, 0 no room, or -EPROTO. */
 int av_vsock_put_header(struct av_vsock *vsock, const uint8_t *header);
-/* Show the driver what was put. */
+/* Show the driver what was put, and leave room to others. */
 void av_vsock_flush(struct av_vsock *vsock);
 /* cdef end */
 

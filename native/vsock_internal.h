@@ -128,6 +128,8 @@ struct av_vsock {
     bool tx_blocked;     /* the inbox is full */
     bool rx_starved;     /* the driver has no room for what is spliced */
     bool python_starved; /* or for Python's packets */
+    bool python_first;   /* what was put last was not Python's: room is, if it waits for some */
+    bool python_turn;    /* it was told of room, which is its own until av_vsock_flush() */
     bool more_events;
     /* Interrupts that nobody waits for are held back, to speak for what follows too: those of
      * packets that were taken, and of the answer to a guest that has closed. */

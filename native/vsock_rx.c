@@ -66,6 +66,7 @@ static int put(struct av_vsock *vsock, struct av_vsock_connection *connection, u
         return (int)result;
     if (op != AV_VSOCK_OP_RST || connection->guest_shut != AV_VSOCK_SHUT_BOTH)
         vsock->rx_urgent = true; /* a guest that has closed goes on without the answer */
+    vsock->python_first = true;
     connection->due &= ~due;
     told(connection);
     return 1;
@@ -170,7 +171,7 @@ static int64_t move(struct av_vsock *vsock, struct av_vsock_connection *connecti
      * end, which has had its event, or behind descriptors, which end what one read gives. */
     if ((uint32_t)got < asked && !connection->ends && !(message.msg_flags & MSG_CTRUNC))
         connection->readable = false;
-    vsock->rx_urgent = true;
+    vsock->rx_urgent = vsock->python_first = true;
     connection->sent += (uint32_t)got;
     vsock->stats.tx_bytes += (uint64_t)got;
     told(connection);

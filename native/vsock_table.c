@@ -76,9 +76,12 @@ struct av_vsock_connection *av_vsock_new(struct av_vsock *vsock, enum av_vsock_s
 
 void av_vsock_close(struct av_vsock *vsock, struct av_vsock_connection *connection)
 {
-    (void)vsock;
-    if (connection->fd >= 0)
-        close(connection->fd); /* and no epoll knows it any more */
+    if (connection->fd >= 0) {
+        /* By hand: while a child that was forked just now has the socket too, close() leaves it
+         * where it is watched, and events would come for a connection that is no more. */
+        epoll_ctl(vsock->sockets_fd, EPOLL_CTL_DEL, connection->fd, NULL);
+        close(connection->fd);
+    }
     connection->fd = -1;
     connection->readable = false;
     free(connection->buffer);

@@ -269,7 +269,6 @@ static void receive(struct av_vsock *vsock, struct av_vsock_connection *connecti
         on_data(vsock, connection, packet);
     } else if (header->op == AV_VSOCK_OP_SHUTDOWN) {
         on_shutdown(vsock, connection, header->flags & AV_VSOCK_SHUT_BOTH);
-        return;
     } else if (header->op == AV_VSOCK_OP_CREDIT_REQUEST) {
         connection->due |= AV_VSOCK_DUE_CREDIT;
     } else if (header->op == AV_VSOCK_OP_RESPONSE &&

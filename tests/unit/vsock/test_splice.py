@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import resource
 import socket
+import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -67,6 +69,37 @@ async def read(program: socket.socket, count: int) -> bytes:
     return data
 
 
+def duplicate_of_devices_end(path: Path) -> int:
+    """A descriptor of the socket by which the device is connected, as a forked child has one."""
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            fd = os.dup(int(entry))
+        except OSError:
+            continue
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            with socket.socket(fileno=os.dup(fd)) as found:
+                try:
+                    if found.getpeername() == str(path / f"v_{PORT}"):
+                        return fd
+                except OSError:
+                    pass
+        os.close(fd)
+    raise AssertionError("the device has no such socket")
+
+
+def is_watched(fd: int) -> bool:
+    """Whether any epoll of this process has its file."""
+    inode = f" ino:{os.fstat(fd).st_ino:x} "
+    for entry in os.listdir("/proc/self/fdinfo"):
+        try:
+            lines = Path("/proc/self/fdinfo", entry).read_text().splitlines()
+        except FileNotFoundError:
+            continue
+        if any(line.startswith("tfd:") and inode in line for line in lines):
+            return True
+    return False
+
+
 async def ended(guest: VsockGuest) -> None:
     """No connection is left; their ends may be a thread's work."""
     while guest.counter("connections"):
@@ -123,6 +156,72 @@ async def test_descriptors_that_a_program_sends_are_lost_and_no_byte_is(
             socket.send_fds(program, [b"one"], [program.fileno()])
             program.send(b"two")
         assert await guest.receive(12) == b"onetwoonetwo"
+
+
+async def test_the_socket_of_an_ended_connection_is_watched_no_more_though_a_child_has_it(
+    tmp_path: Path, io_threads: int
+) -> None:
+    async with guest_at(tmp_path, io_threads) as guest, joined(guest, tmp_path):
+        childs = duplicate_of_devices_end(tmp_path)
+        try:
+            assert is_watched(childs)
+            guest.send(Op.RST, PORT, 7)
+            await ended(guest)
+            assert not is_watched(childs)
+        finally:
+            os.close(childs)
+
+
+async def test_credit_that_comes_with_a_shutdown_is_used(tmp_path: Path, io_threads: int) -> None:
+    async with guest_at(tmp_path, io_threads) as guest:
+        guest.buf_alloc = 0
+        async with joined(guest, tmp_path) as program:
+            program.send(b"waits")
+            # More than the socket takes, so that the shutdown is not passed on at once.
+            for _ in range(BUFFER_BYTES // len(PIECE)):
+                guest.send(Op.RW, PORT, 7, PIECE)
+                while not guest.free_slots:
+                    await settle()
+            await guest.expect(Op.CREDIT_UPDATE)
+            await settle()
+            guest.buf_alloc = 100
+            guest.send(Op.SHUTDOWN, PORT, 7, flags=SHUTDOWN_SEND)
+            assert (await guest.expect(Op.RW))[1] == b"waits"
+
+
+@pytest.mark.parametrize("greedy", ["python", "program"])
+async def test_python_and_programs_have_what_room_there_is_in_turns(
+    tmp_path: Path, io_threads: int, greedy: str
+) -> None:
+    many, buffers, payload_bytes = bytes(1 << 20), 4, 256
+    loop = asyncio.get_running_loop()
+    async with guest_at(
+        tmp_path, io_threads, buffers=buffers, buffer_bytes=44 + payload_bytes
+    ) as guest:
+        guest.buf_alloc = 1 << 30
+        connecting = asyncio.ensure_future(guest.host.connect(9))
+        pythons, _ = await guest.accept()
+        _, writer = await connecting
+        async with joined(guest, tmp_path) as program:
+            if greedy == "python":
+                writer.write(many)
+            else:
+                flood = asyncio.ensure_future(loop.sock_sendall(program, many))
+            while guest.counter("tx_bytes") < buffers * payload_bytes:
+                await settle()
+            if greedy == "python":
+                program.send(b"x")
+            else:
+                writer.write(b"x")
+            await settle()
+            for _ in range(100):
+                header, payload = await guest.expect(Op.RW)
+                if (header.src_port == pythons) == (greedy == "program"):
+                    break
+            assert payload == b"x"
+            writer.transport.abort()
+            if greedy == "program":
+                flood.cancel()
 
 
 async def test_a_program_that_closes_ends_the_connection(tmp_path: Path, io_threads: int) -> None:
