@@ -158,7 +158,8 @@ class VsockHost:
 
         callback: called with (reader, writer) of each; a coroutine function runs as a task. What
         it raises is logged, and resets its connection. Tasks that still run when the microVM has
-        ended are cancelled. Raises ConfigError("vsock-port") when the port is served already.
+        ended are cancelled. Raises ConfigError("vsock-port") when the port is served already,
+        ConnectionResetError when the microVM has ended.
         """
 
         def factory() -> asyncio.BaseProtocol:
@@ -169,6 +170,7 @@ class VsockHost:
 
     def create_server(self, factory: Factory, port: int) -> VsockServer:
         """The same for an asyncio.Protocol, which `factory` makes for each connection."""
+        self.table.check_open()
         if _checked(port) in self._servers:
             raise ConfigError("vsock-port", f"vsock port {port} is served already")
         server = VsockServer(port, factory, self._forget)

@@ -99,13 +99,17 @@ class Table:
 
     # --- the host's programs
 
+    def check_open(self) -> None:
+        """Raises ConnectionResetError after close()."""
+        if self._closed is not None:
+            raise _reset(self._closed)
+
     def ask(self, guest_port: int) -> Connection:
         """A new connection from a free port of ours. It asks the guest once ask() is called.
 
         Raises HostError("vsock") when there are too many, ConnectionResetError at the end.
         """
-        if self._closed is not None:
-            raise _reset(self._closed)
+        self.check_open()
         if len(self._connections) >= CONNECTIONS_MAX:
             raise too_many()
         while True:

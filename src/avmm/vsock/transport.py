@@ -11,6 +11,8 @@ from avmm.vsock.connection import Connection
 from avmm.vsock.packet import CID_HOST, SHUTDOWN_BOTH, SHUTDOWN_SEND
 
 _HIGH_BYTES: Final = 64 * 1024
+_JOINED_BYTES: Final = 4096
+"""Pieces that wait are joined up to this: a small one costs many times its bytes."""
 
 Bytes = bytes | bytearray | memoryview
 
@@ -164,7 +166,7 @@ class StreamTransport(asyncio.Transport):
         if self._closing:
             self._connection.consumed(len(data))
         elif self._paused or self._backlog:
-            self._backlog.append(bytes(data))
+            self._keep(data)
         else:
             self._connection.consumed(len(data))
             self._call("data_received", bytes(data))
@@ -215,6 +217,13 @@ class StreamTransport(asyncio.Transport):
         if self._over:
             self._closing = True
             self._lose(None)
+
+    def _keep(self, data: memoryview) -> None:
+        backlog = self._backlog
+        if backlog and len(backlog[-1]) + len(data) <= _JOINED_BYTES:
+            backlog[-1] += data
+        else:
+            backlog.append(bytes(data))
 
     def _drop_backlog(self) -> None:
         for data in self._backlog:

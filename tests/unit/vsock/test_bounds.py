@@ -10,6 +10,7 @@ from avmm.errors import HostError
 from avmm.log import GuestLog
 from avmm.vsock.host import VsockHost
 from avmm.vsock.packet import CID_HOST, TYPE_STREAM, Header, Op
+from avmm.vsock.transport import StreamTransport
 from fakes.mmio_driver import settle
 from fakes.virtio_rig import virtio_rig
 from fakes.vsock_guest import vsock_guest
@@ -138,3 +139,40 @@ async def test_a_connect_that_is_cancelled_leaves_nothing() -> None:
         await guest.expect(Op.RST)
         await settle()
         assert guest.counter("connections") == 0
+
+
+async def test_small_pieces_that_wait_for_a_reader_are_joined() -> None:
+    received: list[bytes] = []
+
+    class Program(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            received.append(data)
+
+    host = VsockHost(3, asyncio.get_running_loop(), lambda: None, GuestLog())
+    host.create_server(Program, SERVED)
+
+    def packet(op: Op, payload: bytes = b"") -> None:
+        header = Header(3, CID_HOST, 1, SERVED, len(payload), TYPE_STREAM, op, 0, 65536, 0)
+        host.table.receive([header], memoryview(payload))
+
+    packet(Op.REQUEST)
+    (connection,) = host.table._connections.values()
+    transport = connection.events
+    assert isinstance(transport, StreamTransport)
+    transport.pause_reading()
+    sent = [b"%02d" % (i % 100) for i in range(10_000)]
+    for piece in sent:
+        packet(Op.RW, piece)
+    assert received == []
+    transport.resume_reading()
+    await settle()
+    assert b"".join(received) == b"".join(sent)
+    assert len(received) <= 10
+    await host.close()
+
+
+async def test_a_port_cannot_be_served_when_the_microvm_has_ended() -> None:
+    async with vsock_guest(virtio_rig) as guest:
+        host = guest.host
+    with pytest.raises(ConnectionResetError, match="has ended"):
+        await host.serve(SERVED, wait)
