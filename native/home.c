@@ -150,6 +150,7 @@ void av_home_collect(struct av_home *home, const struct epoll_event *events, int
 static void unregister(struct av_lane *lane)
 {
     lane->deaf_until_ns = 0;
+    lane->listens_anew = false;
     for (uint32_t i = 0; i < lane->sources; i++)
         if (lane->source[i].fd >= 0)
             epoll_ctl(lane->home->epoll_fd, EPOLL_CTL_DEL, lane->source[i].fd, NULL);

@@ -61,6 +61,8 @@ void av_home_listen_again(struct av_home *home)
             continue;
         lane->deaf_until_ns = 0;
         lane->runnable = true;
+        /* Nobody drains the descriptors, so epoll tells at once of the kicks that made it deaf. */
+        lane->listens_anew = true;
         result = listen_to_kicks(lane, true);
         if (result < 0)
             av_lane_fail(lane, result);
@@ -74,6 +76,10 @@ void av_lane_judge_kicks(struct av_lane *lane, uint32_t ready)
     int result;
     bool kicked = (ready & ((1u << lane->kicks) - 1)) != 0;
 
+    if (kicked && lane->listens_anew) {
+        lane->listens_anew = false;
+        kicked = false;
+    }
     if (lane->ops->pending(lane)) {
         av_kicks_worked(&lane->home->kicks);
     } else if (kicked && lane->deaf_until_ns == 0) {

@@ -47,6 +47,7 @@ struct av_lane {
     uint32_t slot;
     uint32_t kicks;      /* so many of the sources, the first */
     uint64_t deaf_until_ns; /* 0: it listens to them */
+    bool listens_anew;      /* the next event of theirs may be of a kick that was looked into */
     uint32_t sources;
     struct av_source source[AV_LANE_SOURCES_MAX];
 };

@@ -110,6 +110,24 @@ async def test_a_lane_that_has_work_for_every_kick_is_never_deaf(io_threads: int
 
 
 @on_both_homes
+async def test_a_guest_that_kicks_no_more_is_listened_to_after_once(io_threads: int) -> None:
+    async with virtio_rig(lambda context: build(Rng(), context), io_threads=io_threads) as rig:
+        await rig.driver.start()
+        few_are_free(rig)
+
+        def others() -> int:
+            """Runs for another reason than a kick."""
+            return home(rig).runs - home(rig).vain_kicks
+
+        await eventually(lambda: others() > 0)
+        first = others()
+        await kick_until_deaf(rig, 1)
+        # It looks at its ring, and then at what epoll has to say of the kicks of before.
+        await eventually(lambda: others() >= first + 2)
+        assert home(rig).deaf == 1
+
+
+@on_both_homes
 async def test_a_deaf_lane_rests_and_begins_anew(io_threads: int) -> None:
     async with virtio_rig(lambda context: build(Rng(), context), io_threads=io_threads) as rig:
         await rig.driver.start()
