@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 
 from avmm.kvm import abi
@@ -11,10 +12,15 @@ from avmm.kvm.vcpu import Vcpu
 
 
 class Vm:
-    """One KVM VM. Any thread; usable only in the process that made it."""
+    """One KVM VM. Any thread; usable only in the process that made it.
+
+    blocked_ns: how long its loop's changes of interrupts and notifications took, all together: KVM
+    waits for those who look at its tables.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.blocked_ns = 0
 
     def set_memory(self, slot: int, gpa: int, size_bytes: int, hva: int) -> None:
         """Map `size_bytes` at host address `hva` into the guest; 0 bytes removes the slot."""
@@ -41,17 +47,17 @@ class Vm:
 
     def irqfd(self, event_fd: int, gsi: int) -> None:
         """Each write to `event_fd` becomes one edge on `gsi`."""
-        ioctl(self.fd, "KVM_IRQFD", abi.IRQFD_ASSIGN, abi.IRQFD.pack(event_fd, gsi, 0, 0))
+        self._change("KVM_IRQFD", abi.IRQFD_ASSIGN, abi.IRQFD.pack(event_fd, gsi, 0, 0))
 
     def remove_irqfd(self, event_fd: int, gsi: int) -> None:
         """Undo irqfd(): what is written to `event_fd` from now on stays in it."""
         argument = abi.IRQFD.pack(event_fd, gsi, abi.IRQFD_DEASSIGN, 0)
-        ioctl(self.fd, "KVM_IRQFD", abi.IRQFD_ASSIGN, argument)
+        self._change("KVM_IRQFD", abi.IRQFD_ASSIGN, argument)
 
     def set_gsi_routing(self, entries: Sequence[bytes]) -> None:
         """KVM_SET_GSI_ROUTING: the whole table, of packed struct kvm_irq_routing_entry."""
         table = bytearray(abi.IRQ_ROUTING_HEAD.pack(len(entries), 0) + b"".join(entries))
-        ioctl(self.fd, "KVM_SET_GSI_ROUTING", abi.SET_GSI_ROUTING, table)
+        self._change("KVM_SET_GSI_ROUTING", abi.SET_GSI_ROUTING, table)
 
     def ioeventfd(self, event_fd: int, gpa: int, size_bytes: int, value: int | None) -> None:
         """A guest write at `gpa`, `size_bytes` wide, signals `event_fd` without an exit.
@@ -71,7 +77,14 @@ class Vm:
         if value is not None:
             flags |= abi.IOEVENTFD_DATAMATCH
         argument = abi.IOEVENTFD.pack(value or 0, gpa, size_bytes, event_fd, flags)
-        ioctl(self.fd, "KVM_IOEVENTFD", abi.IOEVENTFD_ASSIGN, argument)
+        self._change("KVM_IOEVENTFD", abi.IOEVENTFD_ASSIGN, argument)
+
+    def _change(self, op: str, request: int, argument: bytes | bytearray) -> None:
+        began = time.monotonic_ns()
+        try:
+            ioctl(self.fd, op, request, argument)
+        finally:
+            self.blocked_ns += time.monotonic_ns() - began
 
     def create_vcpu(self, index: int) -> Vcpu:
         """vCPU with APIC id `index`."""

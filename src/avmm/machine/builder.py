@@ -92,7 +92,7 @@ async def build(
         )
         devices = await plug(slots, backplane, surroundings)
         prepared = await asyncio.shield(preparing)
-    budget = _budget(config, stack)
+    budget = _budget(config, vm, stack)
     charged = contextlib.nullcontext if budget is None else budget.charged
     console = SerialConsole(platform.serial, config.scrollback_bytes, charged)
     stack.callback(reports.console_closed)
@@ -212,10 +212,10 @@ def _backplane(
     return PciSlots(vm, platform.mmio, config.memory_bytes, stack, any_length=any_length)
 
 
-def _budget(config: Config, stack: AsyncExitStack) -> Budget | None:
+def _budget(config: Config, vm: Vm, stack: AsyncExitStack) -> Budget | None:
     if config.exit_share == 1:
         return None
-    budget = Budget(config.exit_share)
+    budget = Budget(config.exit_share, lambda: vm.blocked_ns)
     stack.callback(budget.close)
     return budget
 

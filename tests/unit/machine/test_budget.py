@@ -86,6 +86,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of what is charged in Python: it passes only where a test says so."""
     now = [0]
     monkeypatch.setattr(module.time, "monotonic_ns", lambda: now[0])
+    monkeypatch.setattr(module.time, "thread_time_ns", lambda: now[0])
     return now
 
 
@@ -121,6 +122,24 @@ async def test_an_action_that_raises_is_charged_too(clock: list[int]) -> None:
     assert lib.av_budget_wait_ns(budget.native, clock[0]) > 0
     assert [type(e) for e in errors] == [ValueError]
     await bridge.close()
+    budget.close()
+
+
+def test_what_the_loop_waits_for_is_charged_when_the_guest_is_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0]
+    blocked = [SECOND]
+    monkeypatch.setattr(module.time, "monotonic_ns", lambda: now[0])
+    monkeypatch.setattr(module.time, "thread_time_ns", lambda: 5 * SECOND)
+    budget = Budget(0.5, lambda: blocked[0])
+    with budget.charged():  # others have the GIL, or the processor
+        now[0] += SECOND
+    assert lib.av_budget_wait_ns(budget.native, now[0]) == 0
+    with budget.charged():
+        blocked[0] += BURST_NS
+    owed = 2 * module.TURN_NS
+    assert lib.av_budget_wait_ns(budget.native, now[0]) == 2 * (owed + TURN)
     budget.close()
 
 
