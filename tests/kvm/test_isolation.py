@@ -288,6 +288,35 @@ async def test_a_worker_that_dies_is_one_microvms_error(tiny_guest: Assemble) ->
     assert held() == before
 
 
+@pytest.mark.asyncio(loop_factories=["uvloop", "asyncio"])
+async def test_a_worker_that_the_kernel_keeps_holds_nobody_up(
+    tiny_guest: Assemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it keeps one with requests that a disk's storage does not answer."""
+    before = held()
+    monkeypatch.setattr(remote, "GRACE_S", 0.02)
+    monkeypatch.setattr(launch, "GONE_S", 0.02)
+    vm = isolated(tiny_guest(SPIN))
+    await vm.start()
+    pid = worker_pid(vm)
+    process = vm._machine.process  # type: ignore[union-attr]
+    os.kill(pid, signal.SIGSTOP)
+    with monkeypatch.context() as undying:
+        undying.setattr(launch.WorkerProcess, "kill", lambda _: None)
+        pausing = asyncio.create_task(vm.pause())
+        await asyncio.sleep(0)
+        with pytest.raises(avmm.HostError, match=f"Worker {pid} .* did not end") as caught:
+            await vm.kill()
+    assert caught.value.kind == "disk-hangs"
+    assert vm.state is avmm.State.STOPPED
+    await asyncio.wait([pausing])
+    assert isinstance(pausing.exception(), avmm.AvmmError)
+    assert vm.statistics().state == "running"
+    os.kill(pid, signal.SIGKILL)
+    await process.ended
+    assert held() == before
+
+
 async def test_a_program_that_ends_in_the_middle_gives_all_back(tiny_guest: Assemble) -> None:
     """asyncio.run() cancels every task there is, those that read what a worker says included."""
     guest = tiny_guest(SPIN)

@@ -28,6 +28,10 @@ _PACKAGES = str(Path(__file__).parents[3])
 _KEPT_ENVIRONMENT = ("LD_LIBRARY_PATH",)
 """Without it the interpreter may not start; what else is there may be a secret."""
 
+GONE_S = 30.0
+"""What a killed process has for its end, which takes longer when the kernel has to wait for the
+storage of a disk."""
+
 ENTRY = "from avmm.machine.isolation.worker import main; main()"
 
 _REMEDY = (
@@ -68,6 +72,7 @@ class WorkerProcess:
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[ExitStatus] = self._loop.create_future()
         self.last_words = ""
+        self.given_up = False
         add_reader(self._loop, pidfd, self._on_end)
 
     def kill(self) -> None:
@@ -76,11 +81,33 @@ class WorkerProcess:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    async def close(self) -> None:
-        """Kill it if it is there, wait for its end, and give back what we have of it."""
+    async def end(self) -> bool:
+        """Kill it if it is there, and wait for its end; False: that does not come, not now."""
         self.kill()
-        await asyncio.wait([self.ended])
-        self.control.close()
+        if not self.given_up:
+            await asyncio.wait([self.ended], timeout=GONE_S)
+        self.given_up = not self.ended.done()
+        return not self.given_up
+
+    def hangs(self) -> HostError:
+        """What to say of one that does not end."""
+        return HostError(
+            "disk-hangs",
+            op=f"Worker {self.pid} of the microVM",
+            remedy=f"it was killed and did not end within {GONE_S:g} s, as when a disk's storage "
+            "does not answer; the guest's memory and the disks' locks are given back when it does",
+        )
+
+    async def close(self) -> None:
+        """Kill it if it is there, wait for its end, and give back what we have of it.
+
+        Raises HostError("disk-hangs") for one that does not end; it is reaped when it does.
+        """
+        try:
+            if not await self.end():
+                raise self.hangs()
+        finally:
+            self.control.close()
 
     def _on_end(self) -> None:
         self._loop.remove_reader(self._pidfd)

@@ -198,8 +198,9 @@ class RemoteMachine:
         await asyncio.wait([self.process.ended], timeout=GRACE_S)
         if not self.process.ended.done():
             log.warning("Worker %d did not end in %g s", self.process.pid, GRACE_S)
-            self.process.kill()
-            await asyncio.wait([self.process.ended])
+            if not await self.process.end():  # its end of the line stays open: close ours
+                log.error("%s", self.process.hangs())
+                await self._line.closed()
         if self._reader is not None:
             await asyncio.wait([self._reader])
         for console in self._consoles.values():
@@ -263,12 +264,14 @@ class RemoteMachine:
 
     async def _death(self) -> AvmmError:
         """Wait until it is gone, which it is about to be; what became of it."""
-        await asyncio.wait([self.process.ended], timeout=GRACE_S)
-        if not self.process.ended.done():
-            self.process.kill()
-        status = await asyncio.shield(self.process.ended)
+        if not self.process.given_up:
+            await asyncio.wait([self.process.ended], timeout=GRACE_S)
+        has_ended = await self.process.end()
         if self._broken is not None:
             return self._broken
+        if not has_ended:
+            return self.process.hangs()
+        status = self.process.ended.result()
         words = self.process.last_words.strip()
         return HostError(
             "worker-died",

@@ -33,6 +33,7 @@ from avmm.machine.isolation.files import Handed
 from avmm.machine.isolation.launch import CONTROL_FD
 from avmm.machine.machine import MicroVM
 from avmm.machine.parts import Machine
+from avmm.machine.reason import ExitReason
 from avmm.native import lib
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,12 @@ class _WorkerVM(MicroVM):
         """Of a guest that runs."""
         assert self._machine is not None
         return self._machine
+
+    @property
+    def reason(self) -> ExitReason:
+        """Why its guest ended, which it has."""
+        assert self._ended is not None
+        return self._ended.result()
 
     async def _build(self) -> Machine:
         handed = self._handed
@@ -150,7 +157,11 @@ class _Worker:
         self._start(self._turn())
         self._start(self._report())
         self._start(self._obey())
-        reason = await self._vm.wait()
+        try:
+            reason = await self._vm.wait()
+        except HostError as e:  # of a disk that hangs: so will the end of this process
+            log.error("%s", e)
+            reason = self._vm.reason
         self._line.say(say.Ended(reason.kind, reason.detail, self._vm.statistics()))
         await asyncio.wait(forwards)
         with contextlib.suppress(ConnectionError):
