@@ -136,6 +136,8 @@ static void finish(struct av_vsock *vsock, struct av_vsock_connection *connectio
 {
     if (connection->state == AV_VSOCK_DRAINING)
         av_vsock_free(vsock, connection);
+    else if (connection->state == AV_VSOCK_DEAD)
+        av_vsock_close(vsock, connection); /* whether the guest takes its reset or not */
     else if ((connection->guest_shut & AV_VSOCK_SHUT_SEND) && connection->fd >= 0 &&
              connection->state == AV_VSOCK_OPEN)
         shutdown(connection->fd, SHUT_WR);

@@ -288,6 +288,24 @@ async def test_what_came_before_the_guest_closed_waits_for_the_program(
         await ended(guest)
 
 
+async def test_a_program_comes_to_the_end_though_the_guest_takes_no_reset(
+    tmp_path: Path, io_threads: int
+) -> None:
+    async with (
+        guest_at(tmp_path, io_threads, buffers=1) as guest,
+        joined(guest, tmp_path) as program,
+    ):
+        program.send(b"fills the ring")
+        pieces = BUFFER_BYTES // len(PIECE)
+        for _ in range(pieces):
+            guest.send(Op.RW, PORT, 7, PIECE)
+            while not guest.free_slots:
+                await settle()
+        guest.send(Op.SHUTDOWN, PORT, 7, flags=SHUTDOWN_BOTH)
+        assert await read(program, BUFFER_BYTES) == PIECE * pieces
+        assert await asyncio.get_running_loop().sock_recv(program, 1) == b""
+
+
 async def test_a_guest_that_resets_ends_the_program(tmp_path: Path, io_threads: int) -> None:
     async with guest_at(tmp_path, io_threads) as guest, joined(guest, tmp_path) as program:
         guest.send(Op.RST, PORT, 7)
