@@ -8,7 +8,7 @@ import time
 import pytest
 
 from avmm.units import GIB, MIB
-from linux.guest import Guests
+from linux.guest import Guests, emulated_cpu
 
 SHAPE = """
 grep -E '^(processor|physical id|core id|cpu cores|siblings)' /proc/cpuinfo
@@ -20,7 +20,7 @@ HIGH = """
 free() { awk '/zone +Normal/ { n = 1 } n && /pages free/ { print $3; exit }' /proc/zoneinfo; }
 mount -t tmpfs -o size=90% tmpfs /mnt
 a=$(free)
-echo "FACT written $(head -c 67108864 /dev/urandom | tee /mnt/f | sha256sum)"
+echo "FACT written $(head -c 16777216 /dev/urandom | tee /mnt/f | sha256sum)"
 echo "FACT used $((a - $(free)))"
 echo "FACT read $(sha256sum </mnt/f)"
 """
@@ -36,8 +36,7 @@ def ram_ranges(text: str) -> list[tuple[int, int]]:
 async def test_guest_sees_its_cpus_as_one_package_and_its_memory(
     guests: Guests, cpus: int, memory: int
 ) -> None:
-    script = SHAPE + (HIGH if memory > 4 * GIB else "")
-    guest = await guests.boot(script, cpus=cpus, memory=memory)
+    guest = await guests.boot(SHAPE, cpus=cpus, memory=memory)
 
     def column(name: str) -> list[str]:
         return re.findall(rf"^{name}\s*: (\d+)$", guest.text, re.MULTILINE)
@@ -53,10 +52,14 @@ async def test_guest_sees_its_cpus_as_one_package_and_its_memory(
     available = int(re.findall(r"^MemTotal: +(\d+) kB", guest.text, re.MULTILINE)[0]) * 1024
     assert memory * 0.55 < available < memory
     assert guest.fact("clock") == "kvm-clock"
-    if memory > 4 * GIB:
-        assert any(first == 4 * GIB for first, _ in ranges)
-        assert int(guest.fact("used")) * 4096 > 60 * MIB
-        assert guest.fact("read") == guest.fact("written")
+    assert any(first == 4 * GIB for first, _ in ranges) is (memory > 4 * GIB)
+
+
+async def test_memory_above_4_gib_is_used_and_keeps_its_bytes(guests: Guests) -> None:
+    # Several vCPUs at full load are a chance of a triple fault on an emulated CPU, whoever the VMM.
+    guest = await guests.boot(HIGH, cpus=1 if emulated_cpu() else 4, memory=5 * GIB)
+    assert int(guest.fact("used")) * 4096 > 15 * MIB
+    assert guest.fact("read") == guest.fact("written")
 
 
 async def test_guest_has_entropy_and_the_right_time(guests: Guests) -> None:
