@@ -194,6 +194,11 @@ static bool blk_pending(struct av_lane *lane)
            blk->engine->ops->ready(blk->engine);
 }
 
+static uint64_t blk_taken(const struct av_lane *lane)
+{
+    return av_vring_taken(((const struct av_blk *)lane)->ring);
+}
+
 static bool blk_idle(const struct av_lane *lane)
 {
     const struct av_blk *blk = (const struct av_blk *)lane;
@@ -210,6 +215,7 @@ static const struct av_lane_ops lane_ops = {
     .run = blk_run,
     .arm = blk_arm,
     .pending = blk_pending,
+    .taken = blk_taken,
     .idle = blk_idle,
     .hold = blk_hold,
 };

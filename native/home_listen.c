@@ -72,17 +72,21 @@ void av_home_listen_again(struct av_home *home)
 
 void av_lane_judge_kicks(struct av_lane *lane, uint32_t ready)
 {
-    uint64_t now, deaf_ns;
+    uint64_t now, deaf_ns, taken;
     int result;
     bool kicked = (ready & ((1u << lane->kicks) - 1)) != 0;
 
+    if (lane->kicks == 0)
+        return;
+    taken = lane->ops->taken(lane);
     if (kicked && lane->listens_anew) {
         lane->listens_anew = false;
         kicked = false;
     }
-    if (lane->ops->pending(lane)) {
-        av_kicks_worked(&lane->home->kicks);
-    } else if (kicked && lane->deaf_until_ns == 0) {
+    if (taken > lane->taken)
+        av_kicks_worked(&lane->home->kicks, taken - lane->taken);
+    lane->taken = taken;
+    if (kicked && lane->deaf_until_ns == 0 && !lane->ops->pending(lane)) {
         now = now_ns();
         deaf_ns = av_kicks_vain(&lane->home->kicks, now);
         if (deaf_ns == 0)

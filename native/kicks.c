@@ -7,12 +7,13 @@ void av_kicks_init(struct av_kicks *kicks, uint64_t now_ns, uint64_t free, uint6
                   burst != 0 ? burst : AV_KICKS_BURST, now_ns);
 }
 
-void av_kicks_worked(struct av_kicks *kicks)
+void av_kicks_worked(struct av_kicks *kicks, uint64_t chains)
 {
     struct av_bucket *bucket = &kicks->bucket;
 
-    bucket->level += AV_KICKS_EARNED;
-    if (bucket->level >= (int64_t)bucket->burst) {
+    if (chains < bucket->burst)
+        bucket->level += (int64_t)(chains * AV_KICKS_EARNED);
+    if (chains >= bucket->burst || bucket->level >= (int64_t)bucket->burst) {
         bucket->level = (int64_t)bucket->burst;
         bucket->fraction = 0;
     }

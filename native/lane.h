@@ -19,6 +19,8 @@ struct av_lane_ops {
     bool (*arm)(struct av_lane *lane);
     /* Whether a run would find something to do, as far as memory tells; no system calls. */
     bool (*pending)(struct av_lane *lane);
+    /* How many chains were taken so far. NULL: of a lane without kicks. */
+    uint64_t (*taken)(const struct av_lane *lane);
     /* Whether nothing is in flight. */
     bool (*idle)(const struct av_lane *lane);
     /* `lane->taking` has become false: do not wait for permission to take any. NULL: it never does. */
@@ -45,6 +47,7 @@ struct av_lane {
     uint32_t notice;
     int error;
     uint32_t slot;
+    uint64_t taken;      /* chains, when kicks were judged last */
     uint32_t kicks;      /* so many of the sources, the first */
     uint64_t deaf_until_ns; /* 0: it listens to them */
     bool listens_anew;      /* the next event of theirs may be of a kick that was looked into */

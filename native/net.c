@@ -100,6 +100,13 @@ static bool net_pending(struct av_lane *lane)
     return awaits_chains(net) && av_vring_pending(net->tx.ring);
 }
 
+static uint64_t net_taken(const struct av_lane *lane)
+{
+    const struct av_net *net = (const struct av_net *)lane;
+
+    return av_vring_taken(net->rx.ring) + av_vring_taken(net->tx.ring);
+}
+
 static bool net_idle(const struct av_lane *lane)
 {
     /* Receive buffers that are held are the ring's affair. */
@@ -116,6 +123,7 @@ static const struct av_lane_ops lane_ops = {
     .run = net_run,
     .arm = net_arm,
     .pending = net_pending,
+    .taken = net_taken,
     .idle = net_idle,
     .hold = net_hold,
 };

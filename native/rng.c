@@ -86,6 +86,11 @@ static bool rng_pending(struct av_lane *lane)
     return lane->taking && av_vring_pending(of(lane)->ring);
 }
 
+static uint64_t rng_taken(const struct av_lane *lane)
+{
+    return av_vring_taken(((const struct av_rng *)lane)->ring);
+}
+
 static bool rng_idle(const struct av_lane *lane)
 {
     (void)lane;
@@ -96,6 +101,7 @@ static const struct av_lane_ops lane_ops = {
     .run = rng_run,
     .arm = rng_arm,
     .pending = rng_pending,
+    .taken = rng_taken,
     .idle = rng_idle,
 };
 

@@ -106,6 +106,11 @@ int av_vring_fault(const struct av_vring *ring)
     return __atomic_load_n(&ring->fault, __ATOMIC_RELAXED);
 }
 
+uint64_t av_vring_taken(const struct av_vring *ring)
+{
+    return av_counted(&ring->stats.chains);
+}
+
 void av_vring_fail(struct av_vring *ring, int fault)
 {
     av_vring_break(ring, fault);

@@ -227,6 +227,13 @@ static bool vsock_pending(struct av_lane *lane)
             (wants_room(vsock) && av_vring_pending(vsock->rx)));
 }
 
+static uint64_t vsock_taken(const struct av_lane *lane)
+{
+    const struct av_vsock *vsock = (const struct av_vsock *)lane;
+
+    return av_vring_taken(vsock->rx) + av_vring_taken(vsock->tx);
+}
+
 static bool vsock_idle(const struct av_lane *lane)
 {
     (void)lane;
@@ -243,6 +250,7 @@ static const struct av_lane_ops lane_ops = {
     .run = vsock_run,
     .arm = vsock_arm,
     .pending = vsock_pending,
+    .taken = vsock_taken,
     .idle = vsock_idle,
     .hold = vsock_hold,
 };

@@ -20,6 +20,6 @@ class Kicks:
         """The guest kicked, and there was work or none: for how many seconds it is not to be
         listened to; 0.0: go on."""
         if worked:
-            lib.av_kicks_worked(self._native)
+            lib.av_kicks_worked(self._native, 1)
             return 0.0
         return float(lib.av_kicks_vain(self._native, time.monotonic_ns()) / _NS)

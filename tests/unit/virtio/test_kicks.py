@@ -46,19 +46,23 @@ def test_some_kicks_in_vain_are_free_and_come_back_with_time() -> None:
     assert (kicks.vain, kicks.deaf) == (BURST + 14, 4)
 
 
-def test_work_earns_two_and_no_more_than_there_may_be() -> None:
+def test_a_chain_earns_two_and_no_more_than_there_may_be() -> None:
     kicks = new()
     for _ in range(1000):
-        lib.av_kicks_worked(kicks)
+        lib.av_kicks_worked(kicks, 1)
     assert vain(kicks, BURST + 1) == 1
-    lib.av_kicks_worked(kicks)
+    lib.av_kicks_worked(kicks, 1)
     assert vain(kicks, 3) == 1
+    lib.av_kicks_worked(kicks, 3)
+    assert vain(kicks, 7) == 1
+    lib.av_kicks_worked(kicks, 2**64 - 1)
+    assert vain(kicks, BURST + 1) == 1
 
 
 def test_a_driver_whose_every_request_is_kicked_twice_too_often_is_heard_for_ever() -> None:
     kicks = new()
     for _ in range(10 * BURST):
-        lib.av_kicks_worked(kicks)
+        lib.av_kicks_worked(kicks, 1)
         assert vain(kicks, 2) == 0
 
 
