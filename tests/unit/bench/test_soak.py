@@ -18,8 +18,9 @@ WARM = [Held(500, 90, 30), Held(900, 45, 4)]
     [
         (Held(1000 + 4096, 40, 5), None),
         (Held(1000 + 9000, 40, 5), "memory grew from 1000 to 10000 KiB"),
-        (Held(1000, 41, 5), "descriptors changed: [40, 40, 41]"),
-        (Held(1000, 40, 4), "threads changed: [5, 5, 4]"),
+        (Held(1000, 41, 5), "descriptors grew: [40, 40, 41]"),
+        (Held(1000, 40, 6), "threads grew: [5, 5, 6]"),
+        (Held(1000, 39, 4), None),
     ],
 )
 def test_what_is_held_after_the_first_intervals_has_to_stay(
