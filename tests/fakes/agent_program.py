@@ -64,7 +64,7 @@ def running(path: Path, program: Path = PROGRAM) -> Iterator[AgentProgram]:
 
     It inherits ignored signals, as from a shell that starts it in the background.
     """
-    ignoring = "trap '' HUP INT QUIT TERM; exec \"$0\" \"$@\""
+    ignoring = 'trap \'\' HUP INT QUIT TERM; exec "$0" "$@"'
     command = ["sh", "-c", ignoring, str(program), "--unix", str(path), "--announce"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:

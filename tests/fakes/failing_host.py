@@ -61,9 +61,7 @@ class Refusals:
 
 
 @contextmanager
-def refusing(
-    calls: Calls, at: int, errno: int, *, lasting: bool = False
-) -> Iterator[Refusals]:
+def refusing(calls: Calls, at: int, errno: int, *, lasting: bool = False) -> Iterator[Refusals]:
     """Inside, call number `at` of these fails, from 1 on; with `lasting` all that follow too."""
     library = ctypes.CDLL(None)
     refusals = Refusals()

@@ -53,9 +53,7 @@ def serve() -> None:
 
 def launched_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this test's microVMs."""
-    entry = (
-        f"sys.path.insert(0, {str(TESTS)!r}); from fakes.probing_worker import serve; serve()"
-    )
+    entry = f"sys.path.insert(0, {str(TESTS)!r}); from fakes.probing_worker import serve; serve()"
     monkeypatch.setattr(launch, "ENTRY", entry)
 
 

@@ -49,6 +49,7 @@ def test_a_life_that_is_refused_the_nth_call_for_all_n(
     assert [report["wrong"] for report in reports if report["wrong"]] == []
     assert [report["walk"] for report in reports if report["points"] == 0] == []
 
+
 @pytest.mark.slow
 @LOOPS
 def test_what_kvm_answers_a_vcpu_ends_one_guest_or_nothing(

@@ -72,9 +72,7 @@ SAMPLE = [
 ]
 
 
-@pytest.mark.parametrize(
-    "what", FATAL if os.environ.get("AVMM_VARIANTS") else SAMPLE
-)
+@pytest.mark.parametrize("what", FATAL if os.environ.get("AVMM_VARIANTS") else SAMPLE)
 async def test_what_a_worker_may_not_do_is_its_end(vm: avmm.MicroVM, what: str) -> None:
     with pytest.raises(avmm.HostError) as raised:
         await probe(vm, FATAL[what])

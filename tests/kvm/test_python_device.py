@@ -22,6 +22,7 @@ Assemble = Callable[[str], Path]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
+
 def request(head: int, text: str) -> str:
     return f"descriptor {head}, text_{text}, (text_{text}_end-text_{text}), 1, {head + 1}\n"
 

@@ -65,9 +65,7 @@ wait $shell
 """
 
 
-@pytest.mark.parametrize(
-    "transport", ["pci", pytest.param("mmio", marks=pytest.mark.variant)]
-)
+@pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.variant)])
 async def test_a_shell_on_hvc0_and_ten_megabytes_each_way_through_ports(
     guests: Guests, transport: str
 ) -> None:

@@ -55,9 +55,7 @@ VECTORS = {
 }
 
 
-@pytest.mark.parametrize(
-    "flavour", ["cloud", pytest.param("generic", marks=pytest.mark.variant)]
-)
+@pytest.mark.parametrize("flavour", ["cloud", pytest.param("generic", marks=pytest.mark.variant)])
 async def test_each_queue_has_its_vector_wherever_the_driver_goes(
     guests: Guests, tmp_path: Path, flavour: str
 ) -> None:

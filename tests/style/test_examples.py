@@ -13,7 +13,7 @@ from style.mypy_strict import strict
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples").glob("*.py"))
 
-USERS_CODE = '''
+USERS_CODE = """
 import asyncio
 from collections.abc import Mapping
 
@@ -68,7 +68,7 @@ async def main() -> None:
 
 
 asyncio.run(main())
-'''
+"""
 
 WRONG_CODE = """
 import avmm

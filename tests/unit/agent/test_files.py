@@ -42,9 +42,7 @@ async def test_modes_are_kept_or_set(files: Files, tmp_path: Path) -> None:
     assert stat.S_IMODE((await files.stat(path)).mode) == 0o600
 
 
-async def test_a_link_stays_and_what_it_points_to_is_replaced(
-    files: Files, tmp_path: Path
-) -> None:
+async def test_a_link_stays_and_what_it_points_to_is_replaced(files: Files, tmp_path: Path) -> None:
     (tmp_path / "real").write_bytes(b"old")
     (tmp_path / "link").symlink_to("real")
     await files.write(tmp_path / "link", b"new")
@@ -136,9 +134,7 @@ async def test_errors_are_the_guests_own(agent: Agent, tmp_path: Path) -> None:
     assert await files.read("/proc/self/comm") == b"avmm-agent\n"
 
 
-async def test_a_folder_is_listed_with_the_state_of_its_files(
-    files: Files, tmp_path: Path
-) -> None:
+async def test_a_folder_is_listed_with_the_state_of_its_files(files: Files, tmp_path: Path) -> None:
     for number in range(2000):
         (tmp_path / f"file-{number}").touch()
     (tmp_path / "file-7").write_bytes(b"1234567")

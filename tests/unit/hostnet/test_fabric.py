@@ -189,9 +189,7 @@ def test_the_table_is_bounded_and_counts_what_it_holds() -> None:
     statistics = net.fabric.statistics()[0]
     assert statistics.addresses <= 32
     assert statistics.unlearned > 0
-    found = [
-        net.fabric.find(mac(port, number), net.now) for port in ports for number in range(16)
-    ]
+    found = [net.fabric.find(mac(port, number), net.now) for port in ports for number in range(16)]
     assert sum(f is not None for f in found) == statistics.addresses
     assert statistics.addresses == sum(net.fabric.port_statistics(p).addresses for p in ports)
     net.fabric.close()

@@ -303,9 +303,11 @@ async def test_a_guest_waits_for_a_slow_link_and_loses_nothing(io_threads: int) 
             port.set_link(True)  # what was under way is gone
             port.change(delay_s=0.0)
             await eventually(
-                lambda: net.rig.device.statistics().counters["tx_packets"]
-                + net.rig.device.statistics().counters["tx_dropped"]
-                == 30
+                lambda: (
+                    net.rig.device.statistics().counters["tx_packets"]
+                    + net.rig.device.statistics().counters["tx_dropped"]
+                    == 30
+                )
             )
 
 

@@ -403,5 +403,3 @@ def test_what_cannot_be_a_device_is_refused_by_name(
 def test_devices_of_python_are_not_for_files() -> None:
     with pytest.raises(avmm.ConfigError, match=r"devices\[0\]: 'x' is not PythonDevice"):
         avmm.Config.from_values({"kernel": "k", "devices": ["x"]}, "file")
-
-
