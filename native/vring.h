@@ -73,8 +73,6 @@ void av_vring_stop(struct av_vring *ring);
 uint32_t av_vring_base(const struct av_vring *ring);
 void av_vring_statistics(const struct av_vring *ring, struct av_vring_stats *out);
 int av_vring_fault(const struct av_vring *ring);
-/* How many chains were taken and not given back by av_vring_unpop(), ever. */
-uint64_t av_vring_taken(const struct av_vring *ring);
 
 /* One descriptor chain, by the index of its head or, in a packed ring, by its buffer id:
  * `readable` segments of the driver's data, then `writable` ones of room, all checked addresses in
@@ -115,6 +113,8 @@ void av_vring_fail(struct av_vring *ring, int fault);
 /* A kick came. */
 void av_vring_count_kick(struct av_vring *ring);
 /* cdef end */
+/* How many chains were taken and not given back by av_vring_unpop(), ever. */
+uint64_t av_vring_taken(const struct av_vring *ring);
 
 /* Entries of a ring, or of an indirect table, at most. */
 #define AV_VRING_SIZE_MAX 1024u

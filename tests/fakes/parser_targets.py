@@ -25,6 +25,7 @@ from avmm.pci.function import Function, Identity
 from avmm.pci.root import MemoryWindow, RootComplex
 from avmm.units import GIB, MIB, SECTOR_BYTES, Gpa, format_size, parse_size
 from avmm.vhost_user import message
+from fakes.transport_targets import virtio_mmio, virtio_pci
 
 _SIZE_MAX = 1 << 63
 _MEMORY_BYTES = 32 * MIB
@@ -260,4 +261,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "py_pci": pci,
     "py_units": units,
     "py_vhost_user": vhost_user,
+    "py_virtio_mmio": virtio_mmio,
+    "py_virtio_pci": virtio_pci,
 }

@@ -200,7 +200,7 @@ class PciRig(Generic[D]):
 
 @asynccontextmanager
 async def pci_rig(
-    build: Callable[[DeviceContext], Awaitable[D]], *, io_threads: int = 0
+    build: Callable[[DeviceContext], Awaitable[D]], *, io_threads: int = 0, cpus: int = 1
 ) -> AsyncIterator[PciRig[D]]:
     """A device as number 1 of a PCI bus; built and taken down as the machine does it."""
     errors: list[BaseException] = []
@@ -208,7 +208,9 @@ async def pci_rig(
     async with AsyncExitStack() as stack:
         root = RootComplex(ECAM, (LOW, HIGH))
         stack.callback(root.close)
-        device, memory = await built(build, Interrupts(), errors, stack, io_threads=io_threads)
+        device, memory = await built(
+            build, Interrupts(), errors, stack, io_threads=io_threads, cpus=cpus
+        )
         transport = pci.PciTransport(device, messages, notifications, notify_bytes=0)
         stack.callback(transport.close)
         stack.push_async_callback(device.end)

@@ -74,6 +74,7 @@ def _measure(options: argparse.Namespace) -> int:
             say=_say,
             leave_out=lambda text: _say(f"left out: {text}"),
         ),
+        keep=lambda so_far: record.write(options.json, so_far) if options.json else None,
     )
     _put_out(result, options)
     return 0 if result.cases else EXIT_ERROR

@@ -18,6 +18,8 @@ from avmm.errors import HostError
 
 SILENCE_LIMIT_S = 40.0
 """A guest that says nothing for so long hangs: a boot takes seconds, and so does a row."""
+BOOT_LIMIT_S = 240.0
+"""One that goes on complaining, about a CPU of its own that is stuck, hangs as well."""
 
 _USER_SPACE = re.compile(r"AVMM-GUEST: userspace ([\d.]+)")
 _ROW = re.compile(r"AVMM-BENCH: (begin|end) (\S+)(?: (\d+))?")
@@ -100,6 +102,8 @@ class _Watch:
                 now_s = time.monotonic() - self._began
                 if not ready:
                     raise self._failed(f"no word for {SILENCE_LIMIT_S:.0f} s")
+                if now_s > BOOT_LIMIT_S:
+                    raise self._failed(f"not at its end after {BOOT_LIMIT_S:.0f} s")
                 for key, _ in ready:
                     data = os.read(key.fd, 65536)
                     if not data:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,31 +80,33 @@ def taking_part(contenders: Sequence[Contender], options: Options) -> list[Conte
 
 
 def take_turns(
-    contenders: Sequence[Contender], rows: Sequence[Row], options: Options, seconds: float
+    plan: Mapping[Contender, Sequence[Row]], options: Options, seconds: float
 ) -> Results:
-    """Boot each contender once per run, in turns. HostError when the host cannot."""
+    """Boot each contender once per run, in turns, for its rows. HostError when the host cannot."""
     kit = Kit.find()
     results = Results()
-    kinds = {row.device for row in rows}
+    kinds = {row.device for rows in plan.values() for row in rows}
     with contextlib.ExitStack() as stack:
         disk = stack.enter_context(ground.null_disk())
         report = stack.enter_context(ground.results_disk())
         stack.enter_context(ground.exit_counts())
         taps = (stack.enter_context(ground.tap(TAP)),) if "net" in kinds else ()
         vsock = stack.enter_context(ground.vsock_path()) if "vsock" in kinds else None
-        machine = Machine(
-            kit.kernel,
-            kit.bench_initrd,
-            cmdline(rows, seconds),
-            CPUS,
-            MEMORY_MIB,
-            (Disk(disk, direct=True), Disk(report)),
-            taps,
-            vsock,
-        )
+        contenders = taking_part(list(plan), options)
         for run in range(options.runs):
-            for contender in taking_part(contenders, options):
+            for contender in contenders:
                 options.say(f"run {run + 1} of {options.runs}: {contender.name}")
+                rows = plan[contender]
+                machine = Machine(
+                    kit.kernel,
+                    kit.bench_initrd,
+                    cmdline(rows, seconds),
+                    CPUS,
+                    MEMORY_MIB,
+                    (Disk(disk, direct=True), Disk(report)),
+                    taps,
+                    vsock if any(row.device == "vsock" for row in rows) else None,
+                )
                 _one(kit, contender, machine, rows, results, options)
     return results
 
