@@ -241,6 +241,9 @@ int av_vsock_deliver(struct av_vsock *vsock)
             break;
         }
         left -= moved;
+        /* The guest takes this slice while the next one is copied. */
+        if (moved != 0)
+            av_vsock_announce_rx(vsock);
     }
     av_vsock_announce_rx(vsock);
     if (moved < 0)
