@@ -1,9 +1,10 @@
 """Network configuration of the host by netlink: the sole user of pyroute2.
 
+What only has to be read is asked by ioctls, so a TAP that needs no change needs no netlink.
 pyroute2 (0.9) runs an asyncio loop of its own below its synchronous calls and takes it from the
 current policy, which fails where that gives uvloop loops. So it gets a plain thread and a stock
-loop, whatever the program around us uses. It is imported on that thread, on first use: it costs
-13 MiB and most of a tenth of a second.
+loop, whatever the program around us uses. It is imported on that thread, when there is something to
+change: it costs 13 MiB and most of a tenth of a second.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
+import socket
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -20,16 +24,32 @@ from avmm.loop import on_thread
 T = TypeVar("T")
 
 
+_SIOCGIFFLAGS, _SIOCGIFMTU = 0x8913, 0x8921
+_IFF_UP = 1
+_IFREQ = struct.Struct("16sI20x")
+
+
 class Netlink:
     """The calls avmm needs, on the netlink thread. Each raises HostError("netlink")."""
 
-    def __init__(self, ipr: Any) -> None:
-        self._ipr = ipr
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._connection: Any = None
+
+    @property
+    def _ipr(self) -> Any:
+        if self._connection is None:
+            self._connection = self._stack.enter_context(_connected())
+        return self._connection
 
     def index(self, name: str) -> int | None:
         """The interface's number; None when there is none of that name."""
-        found = self._ipr.link_lookup(ifname=name)
-        return int(found[0]) if found else None
+        try:
+            return socket.if_nametoindex(name)
+        except OSError as e:
+            if e.errno in (None, errno.ENODEV):
+                return None
+            raise HostError("netlink", op="if_nametoindex", path=name, errno=e.errno or 0) from e
 
     def add_tap(self, name: str, *, multi_queue: bool = False) -> None:
         """Make a TAP that takes a virtio-net header before each packet."""
@@ -38,14 +58,25 @@ class Netlink:
             self._ipr.link("add", ifname=name, kind="tuntap", mode="tap", ifr=flags)
 
     def set_up(self, index: int, name: str, mtu: int | None) -> None:
-        """Set the MTU, if given, and bring the interface up."""
+        """Set the MTU, if given, and bring the interface up, if it is not so already."""
+        if self._ask(name, _SIOCGIFFLAGS) & _IFF_UP and mtu in (None, self.mtu(name)):
+            return
         settings = {"mtu": mtu} if mtu is not None else {}
         with _explained(f"Bringing up {name}"):
             self._ipr.link("set", index=index, state="up", **settings)
 
-    def mtu(self, index: int) -> int:
+    def mtu(self, name: str) -> int:
         """The interface's MTU in bytes."""
-        return int(self._ipr.link("get", index=index)[0].get_attr("IFLA_MTU"))
+        return self._ask(name, _SIOCGIFMTU)
+
+    def _ask(self, name: str, request: int) -> int:
+        """netdevice(7)"""
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as any_socket:
+                answer = fcntl.ioctl(any_socket, request, _IFREQ.pack(name.encode(), 0))
+        except OSError as e:
+            raise HostError("netlink", op="ioctl", path=name, errno=e.errno or 0) from e
+        return int(_IFREQ.unpack(answer)[1])
 
     def delete(self, index: int, name: str) -> None:
         """Remove an interface."""
@@ -107,6 +138,12 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
 
 def _perform(work: Callable[[Netlink], T]) -> T:
+    with contextlib.ExitStack() as stack:
+        return work(Netlink(stack))
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[Any]:
     from pyroute2.iproute.linux import IPRoute
 
     failures: list[BaseException] = []
@@ -122,7 +159,7 @@ def _perform(work: Callable[[Netlink], T]) -> T:
         try:
             ipr = IPRoute(use_event_loop=loop)
             try:
-                return work(Netlink(ipr))
+                yield ipr
             finally:
                 ipr.close()
         except RuntimeError as e:  # the loop stopped

@@ -262,4 +262,4 @@ def _configure(netlink: Netlink, settings: TapSettings) -> tuple[bool, int]:
         host = parse_host(settings.host, settings.name)
         added = netlink.add_address(index, settings.name, str(host.ip), host.network.prefixlen)
     netlink.set_up(index, settings.name, settings.mtu)
-    return added, netlink.mtu(index)
+    return added, netlink.mtu(settings.name)

@@ -60,6 +60,38 @@ def test_a_tap_that_exists_is_used_and_stays_without_our_address() -> None:
     assert lines == ["['avt0', 'lo'] 10.9.8.1 False", "['avt0', 'lo'] None"]
 
 
+MAKER = """
+import asyncio
+from avmm.hostnet.netlink import with_netlink
+def make(netlink):
+    netlink.add_tap("avt0")
+    netlink.set_up(netlink.index("avt0"), "avt0", 1300)
+asyncio.run(with_netlink(make))
+"""
+
+
+def test_a_tap_that_is_up_needs_neither_netlink_nor_a_privilege() -> None:
+    lines = output(f"""
+        import ctypes, subprocess
+        subprocess.run([sys.executable, "-c", {MAKER!r}], check=True)
+        libc = ctypes.CDLL(None)
+        header, sets = (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
+        assert libc.capget(header, sets) == 0
+        sets[0] &= ~(1 << 12)  # CAP_NET_ADMIN, of what is effective
+        assert libc.capset(header, sets) == 0
+        tap = await open_tap(TapSettings("avt0", mtu=1300))
+        print(tap.created, tap.mtu, "pyroute2" in sys.modules)
+        await tap.close()
+        try:
+            await open_tap(TapSettings("avt0", mtu=1400))
+        except AvmmError as e:
+            print(type(e).__name__, e)
+    """)
+    assert lines[0] == "False 1300 False"
+    assert lines[1].startswith("HostError Bringing up avt0: Operation not permitted")
+    assert "CAP_NET_ADMIN" in lines[1]
+
+
 def test_a_tap_with_several_queues_sends_packets_only_to_those_attached() -> None:
     lines = output("""
         import contextlib, socket
