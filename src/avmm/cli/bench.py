@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     words = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
     for group in (*suite.GROUPS, "all"):
-        names = [s.name for s in suite.SUITES if group in (s.group, "all")]
+        names = [s.name for s in suite.SUITES if s.group in _groups(group)]
         _add_measuring(words.add_parser(group, help=f"measure {', '.join(names)}"))
     shown = words.add_parser("show", help="the table of result files, several as one")
     shown.add_argument("files", nargs="+", metavar="FILE")
@@ -63,9 +63,8 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 def _measure(options: argparse.Namespace) -> int:
     if options.runs < 1 or options.seconds <= 0:
         raise ConfigError("value", "--runs and --seconds: more than 0 is needed")
-    groups = suite.GROUPS if options.what == "all" else (options.what,)
     result = suite.run(
-        groups,
+        _groups(options.what),
         _grounds(options.ground),
         suite.Options(
             peers=_peers(options.vs),
@@ -78,6 +77,10 @@ def _measure(options: argparse.Namespace) -> int:
     )
     _put_out(result, options)
     return 0 if result.cases else EXIT_ERROR
+
+
+def _groups(what: str) -> tuple[str, ...]:
+    return suite.ALL if what == "all" else (what,)
 
 
 def _grounds(asked: str | None) -> tuple[str, ...]:
