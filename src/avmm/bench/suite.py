@@ -86,8 +86,11 @@ def run(
     options: Options,
     keep: Callable[[Record], None] = lambda record: None,
 ) -> Record:
-    """Run the suites of these groups that can run on these grounds, one after the other. keep: takes
-    what was measured so far, whenever there is more of it: a host may hang in the next suite."""
+    """Run the suites of these groups that can run on these grounds, one after the other.
+
+    keep: takes what was measured so far, whenever there is more of it: a host may hang in the next
+    suite.
+    """
     notes: list[str] = []
     cases: list[Case] = []
     began, start = datetime.now(UTC), time.monotonic()

@@ -1,5 +1,5 @@
-"""Disks, networks and vsock in a guest, beside QEMU and kvmtool: one boot of a contender does the rows
-of every suite that is asked for, since a boot takes longer than they do."""
+"""Disks, networks and vsock in a guest, beside QEMU and kvmtool: one boot of a contender does the
+rows of every suite that is asked for, since a boot takes longer than they do."""
 
 from __future__ import annotations
 
