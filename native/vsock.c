@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "vsock_internal.h"
+#include "walls.h"
 
 #define RX 0u
 #define TX 1u
@@ -19,7 +20,6 @@
 #define SKIP_DOUBLINGS 8u
 #define EVENTS 64
 #define EVENT_ROUNDS 16
-#define FIRST_PORT (1u << 30) /* of ours, and so many more */
 
 static struct av_vsock *of(struct av_lane *lane)
 {
@@ -125,7 +125,8 @@ static void on_event(struct av_vsock *vsock, struct av_vsock_connection *connect
         connection->ends = true;
     if (events & (EPOLLHUP | EPOLLERR))
         connection->hung_up = true;
-    if (connection->hung_up && connection->state == AV_VSOCK_ASKED) {
+    if (connection->hung_up &&
+        (connection->state == AV_VSOCK_ASKED || av_vsock_is_aborted(connection))) {
         av_vsock_kill(vsock, connection);
         return;
     }
@@ -298,6 +299,7 @@ struct av_vsock *av_vsock_create(struct av_home *home, struct av_vring *rx, stru
     vsock->rx = rx;
     vsock->tx = tx;
     vsock->setup = *setup;
+    vsock->walled = av_walls_up();
     vsock->sockets_fd = vsock->timer_fd = -1;
     *error = -set_up(vsock, home);
     if (*error != 0) {
@@ -353,39 +355,6 @@ uint32_t av_vsock_news(struct av_vsock *vsock)
 }
 
 /* --- what Python does ------------------------------------------------------------------ */
-
-static int ask(struct av_vsock *vsock, int fd, uint32_t guest_port)
-{
-    struct av_vsock_connection *connection;
-    uint32_t host_port;
-
-    if (vsock->connections >= vsock->setup.connections_max)
-        return -ENOSPC;
-    do
-        host_port = FIRST_PORT + vsock->next_port++ % FIRST_PORT;
-    while (av_vsock_find(vsock, host_port, guest_port) != NULL);
-    connection = av_vsock_new(vsock, AV_VSOCK_ASKED, fd, host_port, guest_port);
-    if (connection == NULL)
-        return -ENOMEM;
-    av_vsock_name(vsock, connection);
-    av_vsock_wait(vsock, connection, vsock->setup.ask_ns);
-    connection->due = AV_VSOCK_DUE_REQUEST;
-    av_vsock_wake(vsock, connection);
-    av_lane_wake(&vsock->lane);
-    return 0;
-}
-
-int av_vsock_ask(struct av_vsock *vsock, int fd, uint32_t guest_port)
-{
-    int result;
-
-    av_lane_lock(&vsock->lane);
-    result = ask(vsock, fd, guest_port);
-    av_lane_unlock(&vsock->lane);
-    if (result < 0)
-        close(fd);
-    return result;
-}
 
 uint32_t av_vsock_expire(struct av_vsock *vsock)
 {

@@ -27,6 +27,23 @@ struct av_vsock_setup {
     uint32_t announces;
 };
 
+/* What a socket's two ends cannot tell by it, in memory that both have: how a connection ended.
+ * lane: AV_VSOCK_REFUSED by the guest; ENDED: the guest sends no more, said so, and all it sent is in
+ * the socket; CLOSED: both ways, too; SHUT: the lane has closed its end; GONE: nor will it write here
+ * any more. program: AV_VSOCK_ABORTED: it closes, and the guest is to see a reset. */
+struct av_vsock_fate {
+    uint8_t lane;
+    uint8_t program;
+};
+enum av_vsock_ends {
+    AV_VSOCK_REFUSED = 1,
+    AV_VSOCK_ENDED = 2,
+    AV_VSOCK_CLOSED = 4,
+    AV_VSOCK_SHUT = 8,
+    AV_VSOCK_GONE = 16
+};
+enum av_vsock_gives_up { AV_VSOCK_ABORTED = 1 };
+
 /* Of spliced connections, but for `connections`, which counts Python's too. */
 struct av_vsock_stats {
     uint64_t connections;
@@ -68,8 +85,13 @@ int av_vsock_serve(struct av_vsock *vsock, uint32_t host_port, int serving);
 int av_vsock_claim(struct av_vsock *vsock, uint32_t host_port, uint32_t guest_port);
 void av_vsock_release(struct av_vsock *vsock, uint32_t host_port, uint32_t guest_port);
 /* Ask the guest to accept a program, and splice then, with "OK host_port\n" first. Takes fd, which
- * does not block, over in any case. 0 or -errno. */
-int av_vsock_ask(struct av_vsock *vsock, int fd, uint32_t guest_port);
+ * does not block, over in any case. fate: of both ends, borrowed until GONE; the program itself says
+ * then how long it waits. NULL: none. 0 or -errno; GONE does not come then. */
+int av_vsock_ask(struct av_vsock *vsock, int fd, uint32_t guest_port, struct av_vsock_fate *fate);
+/* Accept the guest, which asked for a connection that is Python's so far, and splice: the same of fd
+ * and fate. guest_alloc: of the guest's request. 0, -ENOENT there is none, or another -errno. */
+int av_vsock_accept(struct av_vsock *vsock, int fd, uint32_t host_port, uint32_t guest_port,
+                    uint32_t guest_alloc, struct av_vsock_fate *fate);
 /* End what has waited too long; how many still wait. */
 uint32_t av_vsock_expire(struct av_vsock *vsock);
 /* The driver begins anew: forget packets, and spliced connections that it knew of. At rest. */

@@ -1,5 +1,6 @@
 /* What vsock.c (the device and its lane), vsock_packet.c (packets in rings), vsock_table.c (which
- * connection is which), vsock_tx.c (what the guest sends) and vsock_rx.c (what it is sent) share.
+ * connection is which), vsock_join.c (programs that are joined to the guest), vsock_tx.c (what the
+ * guest sends) and vsock_rx.c (what it is sent) share.
  * All with the home's lock held. */
 #ifndef AV_VSOCK_INTERNAL_H
 #define AV_VSOCK_INTERNAL_H
@@ -87,6 +88,7 @@ struct av_vsock_connection {
     uint32_t due;
     uint32_t shut, guest_shut;
     int fd;
+    struct av_vsock_fate *fate; /* NULL: nobody asks */
     bool readable;    /* the socket was not seen empty since its last event */
     bool ends;        /* there is an end behind what can be read */
     bool has_eof;     /* and it was read */
@@ -114,6 +116,7 @@ struct av_vsock {
     struct av_vring *rx, *tx;
     struct av_vsock_setup setup;
     char *path; /* owned: setup.path */
+    bool walled; /* sockets are read and written by calls that carry no descriptors */
     int sockets_fd; /* an epoll of all sockets */
     uint32_t sockets_source;
     uint64_t seed; /* of names' places, which a guest must not know */
@@ -189,6 +192,11 @@ void av_vsock_kill(struct av_vsock *vsock, struct av_vsock_connection *connectio
 void av_vsock_shut(struct av_vsock *vsock, struct av_vsock_connection *connection, uint32_t flags);
 /* Let go of the socket, and of what was kept for it. */
 void av_vsock_close(struct av_vsock *vsock, struct av_vsock_connection *connection);
+
+/* vsock_join.c */
+/* Tell its program, by av_vsock_ends bits, before what they explain. */
+void av_vsock_tell_fate(struct av_vsock_connection *connection, uint8_t ends);
+bool av_vsock_is_aborted(const struct av_vsock_connection *connection);
 
 /* vsock_tx.c */
 /* Packets of the guest's, a bounded number. 1 more to do, 0, or -EPROTO. */

@@ -139,6 +139,19 @@ static void on_end(struct av_vsock *vsock, struct av_vsock_connection *connectio
     av_vsock_shut(vsock, connection, gone ? AV_VSOCK_SHUT_BOTH : AV_VSOCK_SHUT_SEND);
 }
 
+/* Behind walls no flag tells of descriptors; a socket that both ends have a fate of carries none. */
+static ssize_t receive(const struct av_vsock *vsock, const struct av_vsock_connection *connection,
+                       struct msghdr *message)
+{
+    ssize_t got;
+
+    if (!vsock->walled)
+        return recvmsg(connection->fd, message, MSG_DONTWAIT);
+    got = readv(connection->fd, message->msg_iov, (int)message->msg_iovlen);
+    message->msg_flags = connection->fate == NULL ? MSG_CTRUNC : 0;
+    return got;
+}
+
 /* Move one slice from the socket to the guest; how many bytes, -EAGAIN no room, or -EPROTO. */
 static int64_t move(struct av_vsock *vsock, struct av_vsock_connection *connection)
 {
@@ -156,7 +169,7 @@ static int64_t move(struct av_vsock *vsock, struct av_vsock_connection *connecti
     message.msg_iovlen = segments;
     for (int i = 0; i < count; i++)
         asked += room[i].bytes;
-    got = recvmsg(connection->fd, &message, MSG_DONTWAIT);
+    got = receive(vsock, connection, &message);
     if (got <= 0) {
         int error = got == 0 ? 0 : errno;
 

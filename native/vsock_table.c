@@ -80,6 +80,7 @@ void av_vsock_close(struct av_vsock *vsock, struct av_vsock_connection *connecti
         /* By hand: while a child that was forked just now has the socket too, close() leaves it
          * where it is watched, and events would come for a connection that is no more. */
         epoll_ctl(vsock->sockets_fd, EPOLL_CTL_DEL, connection->fd, NULL);
+        av_vsock_tell_fate(connection, AV_VSOCK_SHUT);
         close(connection->fd);
     }
     connection->fd = -1;
@@ -92,6 +93,7 @@ void av_vsock_close(struct av_vsock *vsock, struct av_vsock_connection *connecti
 void av_vsock_free(struct av_vsock *vsock, struct av_vsock_connection *connection)
 {
     av_vsock_close(vsock, connection);
+    av_vsock_tell_fate(connection, AV_VSOCK_GONE);
     av_vsock_unname(vsock, connection);
     av_vsock_wait(vsock, connection, 0);
     av_vsock_unlink(&connection->ready);
@@ -143,6 +145,9 @@ void av_vsock_shut(struct av_vsock *vsock, struct av_vsock_connection *connectio
     connection->due |= AV_VSOCK_DUE_SHUTDOWN;
     if (connection->shut == AV_VSOCK_SHUT_BOTH) {
         connection->state = AV_VSOCK_CLOSING;
+        /* Its program may still be there: a socket that neither end writes to looks closed. */
+        if ((connection->guest_shut & AV_VSOCK_SHUT_SEND) && connection->held == 0)
+            av_vsock_tell_fate(connection, AV_VSOCK_CLOSED);
         av_vsock_close(vsock, connection);
         av_vsock_wait(vsock, connection, vsock->setup.close_ns);
     }

@@ -23,10 +23,12 @@ struct packet {
 
 /* --- to a socket ----------------------------------------------------------------------- */
 
-static ssize_t send_to(int fd, struct iovec *iov, uint32_t count)
+static ssize_t send_to(const struct av_vsock *vsock, int fd, struct iovec *iov, uint32_t count)
 {
     struct msghdr message = { .msg_iov = iov, .msg_iovlen = count };
 
+    if (vsock->walled)
+        return writev(fd, iov, (int)count); /* Python ignores SIGPIPE */
     return sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
@@ -113,7 +115,7 @@ static void pass_on(struct av_vsock *vsock, struct av_vsock_connection *connecti
     ssize_t sent = 0;
 
     if (!connection->deaf && connection->held == 0) {
-        sent = send_to(connection->fd, packet->payload, packet->segments);
+        sent = send_to(vsock, connection->fd, packet->payload, packet->segments);
         if (sent < 0 && errno != EAGAIN && errno != ENOBUFS)
             deafen(vsock, connection);
         if (sent < 0)
@@ -134,13 +136,17 @@ static void pass_on(struct av_vsock *vsock, struct av_vsock_connection *connecti
 /* All that the guest sent has gone to the socket, and the guest sends no more. */
 static void finish(struct av_vsock *vsock, struct av_vsock_connection *connection)
 {
-    if (connection->state == AV_VSOCK_DRAINING)
+    if (connection->state == AV_VSOCK_DRAINING || connection->state == AV_VSOCK_DEAD)
+        av_vsock_tell_fate(connection, AV_VSOCK_ENDED | AV_VSOCK_CLOSED);
+    if (connection->state == AV_VSOCK_DRAINING) {
         av_vsock_free(vsock, connection);
-    else if (connection->state == AV_VSOCK_DEAD)
+    } else if (connection->state == AV_VSOCK_DEAD) {
         av_vsock_close(vsock, connection); /* whether the guest takes its reset or not */
-    else if ((connection->guest_shut & AV_VSOCK_SHUT_SEND) && connection->fd >= 0 &&
-             connection->state == AV_VSOCK_OPEN)
+    } else if ((connection->guest_shut & AV_VSOCK_SHUT_SEND) && connection->fd >= 0 &&
+               connection->state == AV_VSOCK_OPEN) {
+        av_vsock_tell_fate(connection, AV_VSOCK_ENDED);
         shutdown(connection->fd, SHUT_WR);
+    }
 }
 
 void av_vsock_drain(struct av_vsock *vsock, struct av_vsock_connection *connection)
@@ -148,7 +154,7 @@ void av_vsock_drain(struct av_vsock *vsock, struct av_vsock_connection *connecti
     while (connection->held != 0) {
         struct iovec iov = { .iov_base = connection->buffer + connection->held_at,
                              .iov_len = connection->held };
-        ssize_t sent = send_to(connection->fd, &iov, 1);
+        ssize_t sent = send_to(vsock, connection->fd, &iov, 1);
 
         if (sent < 0 && (errno == EAGAIN || errno == ENOBUFS))
             return;
@@ -213,8 +219,10 @@ static void on_shutdown(struct av_vsock *vsock, struct av_vsock_connection *conn
     if (connection->guest_shut == AV_VSOCK_SHUT_BOTH) {
         /* The guest has closed, and waits for this answer. What the program has not read yet
          * stays for it. */
-        if (connection->held == 0)
+        if (connection->held == 0) {
+            av_vsock_tell_fate(connection, AV_VSOCK_ENDED | AV_VSOCK_CLOSED);
             av_vsock_close(vsock, connection);
+        }
         av_vsock_wait(vsock, connection, 0);
         connection->state = AV_VSOCK_DEAD;
         connection->due = AV_VSOCK_DUE_RST;
@@ -238,14 +246,16 @@ static void on_response(struct av_vsock *vsock, struct av_vsock_connection *conn
     av_vsock_wait(vsock, connection, 0);
     connection->state = AV_VSOCK_OPEN;
     vsock->stats.opened++;
-    if (send_to(connection->fd, &iov, 1) != bytes)
+    if (send_to(vsock, connection->fd, &iov, 1) != bytes)
         av_vsock_kill(vsock, connection); /* nothing else is in its way: the program has gone */
 }
 
 static void on_reset(struct av_vsock *vsock, struct av_vsock_connection *connection)
 {
-    if (connection->state == AV_VSOCK_ASKED)
+    if (connection->state == AV_VSOCK_ASKED) {
         vsock->stats.refused++;
+        av_vsock_tell_fate(connection, AV_VSOCK_REFUSED);
+    }
     av_vsock_free(vsock, connection);
 }
 

@@ -1,6 +1,7 @@
 /* The socket device (virtio 1.3 section 5.10.6): a hostile driver, programs at unix sockets that do
  * what they like, and Python, which takes what is its own and puts packets of its own. */
 #include <errno.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -14,6 +15,7 @@
 #define PROGRAMS_MAX 6u
 #define CONNECTIONS_MAX 5u
 #define LIMIT_NS 1000000000u
+#define FATES 8u /* more than there may be of connections */
 
 struct device {
     struct fuzz_guest guest;
@@ -21,6 +23,7 @@ struct device {
     struct av_vsock *vsock;
     uint64_t data_gpa;
     uint64_t rx_lost, tx_lost; /* chains that were not given back when their ring broke */
+    struct av_vsock_fate fates[FATES];
 };
 
 /* The programs' ends of sockets; -1: none. */
@@ -253,12 +256,37 @@ static void put(struct device *device, struct fuzz_input *in)
     av_vsock_flush(device->vsock);
 }
 
-static void ask(struct device *device, struct fuzz_input *in)
+/* One that no connection has any more; NULL: none is wanted. */
+static struct av_vsock_fate *fate(struct device *device, uint32_t how)
 {
-    int fd = join();
+    if (!(how & 1))
+        return NULL;
+    for (uint32_t i = 0; i < FATES; i++)
+        if (device->fates[i].lane & AV_VSOCK_GONE) {
+            device->fates[i] = (struct av_vsock_fate){ .program = how & 2 ? AV_VSOCK_ABORTED : 0 };
+            return &device->fates[i];
+        }
+    CHECK(false);
+    return NULL;
+}
 
-    if (fd >= 0)
-        av_vsock_ask(device->vsock, fd, fuzz_below(in, 4));
+/* A program is joined to the guest, asked or asking. */
+static void ask(struct device *device, struct fuzz_input *in, uint32_t how)
+{
+    struct av_vsock_fate *told;
+    int fd = join(), result;
+
+    if (fd < 0)
+        return;
+    told = fate(device, how);
+    if (how & 4)
+        result = av_vsock_accept(device->vsock, fd, port(in), fuzz_below(in, 4), fuzz_u16(in), told);
+    else
+        result = av_vsock_ask(device->vsock, fd, fuzz_below(in, 4), told);
+    if (told != NULL)
+        CHECK(result == 0 || told->lane == 0);
+    if (told != NULL && result < 0)
+        told->lane = AV_VSOCK_GONE;
 }
 
 static void python(struct device *device, struct fuzz_input *in)
@@ -274,7 +302,7 @@ static void python(struct device *device, struct fuzz_input *in)
         put(device, in);
         break;
     case 3:
-        ask(device, in);
+        ask(device, in, how >> 3);
         break;
     case 4:
         if (how & 8)
@@ -307,6 +335,9 @@ static void create(struct device *device, struct fuzz_input *in)
     uint8_t bits = fuzz_u8(in);
     int error;
 
+    signal(SIGPIPE, SIG_IGN); /* as Python does */
+    for (uint32_t i = 0; i < FATES; i++)
+        device->fates[i].lane = AV_VSOCK_GONE;
     fuzz_guest_init(&device->guest);
     fuzz_queue_init(&device->rx, &device->guest, in, bits & 1);
     fuzz_queue_init(&device->tx, &device->guest, in, bits & 1);
@@ -314,6 +345,7 @@ static void create(struct device *device, struct fuzz_input *in)
     fuzz_guest_add_data(&device->guest, DATA_BYTES);
     device->vsock = av_vsock_create(fuzz_home(), device->rx.ring, device->tx.ring, &setup, &error);
     CHECK(device->vsock != NULL);
+    device->vsock->walled = bits & 2;
     CHECK(av_lane_start(av_vsock_lane(device->vsock)) == 0);
 }
 
@@ -333,6 +365,8 @@ static void destroy(struct device *device)
 {
     CHECK(av_lane_hold(av_vsock_lane(device->vsock)) == 1);
     av_vsock_destroy(device->vsock);
+    for (uint32_t i = 0; i < FATES; i++)
+        CHECK(device->fates[i].lane & AV_VSOCK_GONE);
     for (uint32_t i = 0; i < PROGRAMS_MAX; i++)
         if (programs[i] >= 0)
             end_program(programs[i]);

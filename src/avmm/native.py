@@ -38,6 +38,12 @@ class Lib(Protocol):
     AV_VSOCK_INBOX: int
     AV_VSOCK_ROOM: int
     AV_VSOCK_TIMER: int
+    AV_VSOCK_REFUSED: int
+    AV_VSOCK_ENDED: int
+    AV_VSOCK_CLOSED: int
+    AV_VSOCK_SHUT: int
+    AV_VSOCK_GONE: int
+    AV_VSOCK_ABORTED: int
     AV_BLK_IO_URING: int
     AV_BLK_THREADS: int
     AV_BLK_LOOP: int
@@ -209,7 +215,17 @@ class Lib(Protocol):
     def av_vsock_serve(self, vsock: CData, host_port: int, serving: int, /) -> int: ...
     def av_vsock_claim(self, vsock: CData, host_port: int, guest_port: int, /) -> int: ...
     def av_vsock_release(self, vsock: CData, host_port: int, guest_port: int, /) -> None: ...
-    def av_vsock_ask(self, vsock: CData, fd: int, guest_port: int, /) -> int: ...
+    def av_vsock_ask(self, vsock: CData, fd: int, guest_port: int, fate: CData, /) -> int: ...
+    def av_vsock_accept(
+        self,
+        vsock: CData,
+        fd: int,
+        host_port: int,
+        guest_port: int,
+        guest_alloc: int,
+        fate: CData,
+        /,
+    ) -> int: ...
     def av_vsock_expire(self, vsock: CData, /) -> int: ...
     def av_vsock_reset(self, vsock: CData, /) -> None: ...
     def av_vsock_receive(self, vsock: CData, out: CData, /) -> int: ...

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from avmm.virtio.devices.vsock import RX, TX, Vsock, VsockDevice, build
 from avmm.vsock.host import VsockHost
 from avmm.vsock.packet import CID_HOST, HEADER_BYTES, TYPE_STREAM, Header, Op, parse
+from fakes.apart_vsock import Apart, apart, apart_rig
 from fakes.driver_queue import Segment
 from fakes.virtio_rig import DATA_GPA
 
 CID = 3
 GUEST_BUFFER_BYTES = 256 * 1024
+BETWEEN_BYTES = 512 * 1024
 _TX_GPA = DATA_GPA + 0x10_0000
 _TX_ROOM = 0x1_1000
 _TX_SLOTS = 16
@@ -26,7 +28,7 @@ Packet = tuple[Header, bytes]
 @dataclass
 class VsockGuest:
     """buf_alloc: what every packet says, and `fwd_cnt` what it says of its connection's port.
-    sent: packets."""
+    sent: packets. apart: where the host is, when it is not with the device."""
 
     rig: Any
     buffers: int = 32
@@ -34,6 +36,7 @@ class VsockGuest:
     buf_alloc: int = GUEST_BUFFER_BYTES
     fwd_cnt: dict[int, int] = field(default_factory=dict)
     sent: int = 0
+    apart: Apart | None = None
     _buffers: dict[int, int] = field(default_factory=dict)
     _arrived: deque[Packet] = field(default_factory=deque)
     _slots: list[int] = field(default_factory=lambda: list(range(_TX_SLOTS)))
@@ -42,7 +45,12 @@ class VsockGuest:
     @property
     def host(self) -> VsockHost:
         host: VsockHost = self.rig.device.host
-        return host
+        return host if self.apart is None else self.apart.sockets.host
+
+    @property
+    def between_bytes(self) -> int:
+        """What there may be between the host and the device."""
+        return 0 if self.apart is None else BETWEEN_BYTES
 
     def counter(self, name: str) -> int:
         value: int = self.rig.device.statistics().counters[name]
@@ -179,8 +187,14 @@ async def vsock_guest(
     async def make(context: Any) -> VsockDevice:
         return await build(Vsock(CID, **options), context)
 
-    async with rigged(make) as rig:
+    async with AsyncExitStack() as stack:
+        here = rigged is not apart_rig
+        uds = options.pop("uds", None) if not here else None
+        rig = await stack.enter_async_context(rigged(make))
         guest = VsockGuest(rig, buffers, buffer_bytes)
+        if not here:
+            config = Vsock(CID, uds)
+            guest.apart = await stack.enter_async_context(apart(rig.device, config))
         if start:
             await guest.restart()
         yield guest

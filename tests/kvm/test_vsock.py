@@ -8,51 +8,16 @@ from pathlib import Path
 import pytest
 
 from avmm.mem import layout
-from avmm.virtio.devices.vsock import RX, TX, Vsock
+from avmm.virtio.devices.vsock import Vsock
 from avmm.virtio.transport import mmio, pci
 from avmm.vsock.credit import BUFFER_BYTES
-from avmm.vsock.packet import CID_HOST, SHUTDOWN_BOTH, TYPE_STREAM, Header, Op
-from kvm.tiny_driver import BUFFER, QUEUE_BYTES, SLOT, Assemble, Guest, Transport, run
+from avmm.vsock.packet import CID_HOST, SHUTDOWN_BOTH, TYPE_STREAM, Op
+from kvm.socket_guest import CID, SocketGuest
+from kvm.tiny_driver import SLOT, Assemble, Transport, run
 
-CID, NOBODY = 7, 9
-PORT, SERVED, NOBODYS = 1024, 5000, 6000
+NOBODY, SERVED, NOBODYS = 9, 5000, 6000
 SEQPACKET = 2
 CONFIG = {"mmio": SLOT + mmio.CONFIG, "pci": layout.PCI_MEMORY + pci.DEVICE}
-PACKET = BUFFER + TX * QUEUE_BYTES
-"""What is sent; what comes is at BUFFER."""
-
-
-class SocketGuest(Guest):
-    """Its steps send one packet, and wait for the one that comes."""
-
-    def __init__(self, transport: Transport) -> None:
-        super().__init__(transport)
-        self.heard = self.said = 0
-
-    def _store(self, gpa: int, data: bytes) -> None:
-        for at in range(0, len(data), 4):
-            self.store(gpa + at, "l", int.from_bytes(data[at : at + 4], "little"))
-
-    def _expect(self, gpa: int, data: bytes) -> None:
-        for at in range(0, len(data), 4):
-            self.expect(gpa + at, "l", int.from_bytes(data[at : at + 4], "little"))
-
-    def say(self, to: int, port: int, op: Op, payload: bytes = b"", **fields: int) -> None:
-        self.heard += 1
-        self.offer(self.heard, queue=RX, size_bytes=4096)
-        size = len(payload)
-        header = Header(CID, to, PORT, port, size, TYPE_STREAM, op, 0, 4096, 0)._replace(**fields)
-        data = header.pack() + payload
-        self.said += 1
-        self._store(PACKET, data)
-        self.offer(self.said, queue=TX, buffer=PACKET, size_bytes=len(data), writable=False)
-        self.await_used(self.said, queue=TX)
-
-    def hear(self, sender: int, port: int, op: Op, payload: bytes = b"", **fields: int) -> None:
-        self.await_used(self.heard, queue=RX)
-        size = len(payload)
-        header = Header(sender, CID, port, PORT, size, TYPE_STREAM, op, 0, 0, 0)._replace(**fields)
-        self._expect(BUFFER, header.pack() + payload)
 
 
 @pytest.mark.spec("5.10.6.4.2", "not have a reserved CID as `guest_cid`")

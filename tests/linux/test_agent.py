@@ -132,7 +132,12 @@ async def test_the_agent_goes_where_init_goes(guests: Guests, root_disk: Path) -
     )
 
 
-async def test_exec_and_cp_by_the_command_line(assets: Assets, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "isolate", [(), pytest.param(("--isolate",), marks=pytest.mark.variant)], ids=["", "isolated"]
+)
+async def test_exec_and_cp_by_the_command_line(
+    assets: Assets, tmp_path: Path, isolate: tuple[str, ...]
+) -> None:
     env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
 
     async def avmm_command(*arguments: str) -> asyncio.subprocess.Process:
@@ -150,6 +155,7 @@ async def test_exec_and_cp_by_the_command_line(assets: Assets, tmp_path: Path) -
     vm = await avmm_command(
         *("run", "--name", "box", "--agent", "--kernel", str(assets.kernel("cloud", "vmlinux"))),
         *("--initrd", str(assets.initrd("cloud")), "--cmdline", "console=ttyS0 quiet panic=-1"),
+        *isolate,
     )
     try:
         assert vm.stdout is not None

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from avmm.agent.program import agent_archive
+from avmm.agent.program import agent_archive, archive_by
 from avmm.boot.entry import EntryRegs
 from avmm.boot.load import BootSource, load
 from avmm.descriptors import Opener, open_path
@@ -163,7 +163,7 @@ async def _preparing(
         devices=acpi_devices(slots) if config.transport == "mmio" else (),
         pci=acpi_root(config.memory_bytes) if config.transport == "pci" else None,
         kernel_format=config.kernel_format,
-        initrd_extra=agent_archive(config.next_init()) if config.agent and config.initrd else b"",
+        initrd_extra=_agent(config, opener),
         opener=opener,
     )
     preparing = on_thread(_prepare, kvm, memory, source)
@@ -176,6 +176,13 @@ async def _preparing(
     finally:
         await uninterrupted(settled())
         preparing.exception()  # seen: when the body failed first, that error is raised
+
+
+def _agent(config: Config, opener: Opener) -> bytes:
+    if not (config.agent and config.initrd):
+        return b""
+    init = config.next_init()
+    return agent_archive(init) if opener is open_path else archive_by(opener, init)
 
 
 def _create_vm(kvm: Kvm, memory: GuestMemory, stack: AsyncExitStack) -> Vm:

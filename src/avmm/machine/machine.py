@@ -62,7 +62,7 @@ class MicroVM(GuestCalls):
     isolation: "process" for a worker process of its own, behind walls (docs/security.md). While
     the guest runs statistics() are up to half a second old then, and when the worker dies the
     ExitReason's error is a HostError("worker-died"). Raises ConfigError("isolation") for what
-    cannot be had with it: all but disks on files, NICs on TAPs, consoles and random numbers.
+    cannot be had with it: ports, vhost=on, and disks, NICs and devices in Python.
     """
 
     def __init__(self, config: Config, *, isolation: Literal["process"] | None = None) -> None:

@@ -112,6 +112,11 @@ class Machine(Protocol):
         ...
 
 
+def no_vsock() -> ConfigError:
+    """For a microVM without."""
+    return ConfigError("vsock", "vsock: this microVM has none; use Config(vsock=Vsock())")
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """The machine of this process."""
@@ -148,7 +153,7 @@ class Parts:
         for device in self.devices.values():
             if isinstance(device, VsockDevice):
                 return device.host
-        raise ConfigError("vsock", "vsock: this microVM has none; use Config(vsock=Vsock())")
+        raise no_vsock()
 
     def go(self) -> None:
         self.gate.resume()

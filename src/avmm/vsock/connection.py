@@ -62,7 +62,7 @@ class Events(Protocol):
         """The guest took some of what was to be sent, or wants no more of it."""
         ...
 
-    def on_closed(self, error: ConnectionError | None) -> None:
+    def on_closed(self, error: Exception | None) -> None:
         """It is over, with nothing to come but what came before; None: the guest closed it."""
         ...
 
@@ -132,6 +132,11 @@ class Connection:
         return self.host_port, self.guest_port
 
     @property
+    def room(self) -> int:
+        """How many bytes the guest takes now."""
+        return self._credit.room
+
+    @property
     def is_asked(self) -> bool:
         """Whether the guest has seen that we ask."""
         return not self._pending & _REQUEST
@@ -188,6 +193,11 @@ class Connection:
         if self.state is not State.DEAD:
             self._die(0)
             self._tell_closed(error)
+        self._pending = 0
+
+    def leave(self) -> None:
+        """Its packets are somebody else's from now on."""
+        self.state = State.DEAD
         self._pending = 0
 
     # --- what comes of the guest

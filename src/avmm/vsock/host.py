@@ -7,14 +7,13 @@ import errno
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 from avmm.errors import ConfigError
 from avmm.log import GuestLog
-from avmm.vsock.connection import Connection
 from avmm.vsock.packet import PORT_MAX
-from avmm.vsock.table import Names, Table
-from avmm.vsock.transport import StreamTransport
+from avmm.vsock.table import Counters
+from avmm.vsock.transport import Stream, StreamTransport
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +25,29 @@ _HANDLERS_LIMIT_S: Final = 1.0
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Callback = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
 Factory = Callable[[], asyncio.BaseProtocol]
+
+
+class Connections(Protocol):
+    """What a host needs of a Table, here or in another process; see there."""
+
+    cid: int
+    counters: Counters
+
+    def answer_by(self, on_request: Callable[[Stream], bool]) -> None:
+        """Who decides about a guest that asks."""
+        ...
+
+    def check_open(self) -> None:
+        """Raises ConnectionResetError after close()."""
+        ...
+
+    def ask(self, guest_port: int) -> Stream:
+        """A new connection."""
+        ...
+
+    def close(self, why: str) -> None:
+        """End all."""
+        ...
 
 
 class VsockServer:
@@ -66,7 +88,7 @@ class VsockServer:
 
     # What follows is for the host.
 
-    def take(self, host: VsockHost, connection: Connection) -> None:
+    def take(self, host: VsockHost, connection: Stream) -> None:
         """A connection of the guest's, accepted."""
         transport = host.transport(connection, self._factory())
         self._transports.add(transport)
@@ -92,15 +114,14 @@ class VsockHost:
 
     def __init__(
         self,
-        cid: int,
+        table: Connections,
         loop: asyncio.AbstractEventLoop,
-        on_work: Callable[[], None],
         guest_log: GuestLog,
-        names: Names | None = None,
         on_serve: Callable[[int, bool], object] = lambda port, serving: None,
     ) -> None:
         self.guest_log = guest_log
-        self.table = Table(cid, loop, on_work, self._on_request, names)
+        self.table = table
+        table.answer_by(self._on_request)
         self._on_serve = on_serve
         self._loop = loop
         self._servers: dict[int, VsockServer] = {}
@@ -120,7 +141,7 @@ class VsockHost:
         read; the guest is stopped soon after. Raises ConnectionRefusedError when nobody listens,
         or too many are waiting there; TimeoutError when there is no answer in timeout_s (None:
         wait for ever); ConnectionResetError when the microVM ends; HostError("vsock") beyond 8192
-        connections.
+        connections, 1024 with isolation.
         """
         reader = asyncio.StreamReader(limit=limit, loop=self._loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=self._loop)
@@ -180,7 +201,7 @@ class VsockHost:
 
     # What follows is for the device.
 
-    def transport(self, connection: Connection, protocol: asyncio.BaseProtocol) -> StreamTransport:
+    def transport(self, connection: Stream, protocol: asyncio.BaseProtocol) -> StreamTransport:
         """For a connection of this guest's."""
         return StreamTransport(self._loop, connection, protocol, self._report)
 
@@ -200,7 +221,7 @@ class VsockHost:
         del self._servers[port]
         self._on_serve(port, False)
 
-    def _on_request(self, connection: Connection) -> bool:
+    def _on_request(self, connection: Stream) -> bool:
         server = self._servers.get(connection.host_port)
         if server is None:
             return False

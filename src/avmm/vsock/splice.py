@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import socket
 from collections.abc import Callable
 from typing import Final
 
 from avmm.errors import GuestFault, HostError
 from avmm.native import CData, ffi, lib
+from avmm.vsock.connection import Connection
 from avmm.vsock.packet import HEADER_BYTES, Header, parse
 from avmm.vsock.table import CLOSE_LIMIT_S, CONNECTIONS_MAX, too_many
 
@@ -136,15 +136,21 @@ class Splice:
         if lib.av_vsock_serve(self._native, port, serving) < 0:
             raise HostError("memory", op="vsock", errno=errno.ENOMEM)
 
-    def ask(self, program: socket.socket, guest_port: int) -> None:
+    def ask(self, fd: int, guest_port: int, fate: CData = ffi.NULL) -> None:
         """Join a program, whose socket is given away, to a port of the guest's, if the guest
-        accepts. Raises HostError("vsock" | "memory")."""
-        result = int(lib.av_vsock_ask(self._native, program.detach(), guest_port))
+        accepts. fate: see av_vsock_ask(). Raises HostError("vsock" | "memory")."""
+        result = int(lib.av_vsock_ask(self._native, fd, guest_port, fate))
         if result == -errno.ENOSPC:
             raise too_many()
         if result < 0:
             raise HostError("memory", op="vsock", errno=-result)
         self._watch_time()  # maybe there is no driver yet, and no lane that tells
+
+    def accept(self, fd: int, connection: Connection, fate: CData) -> bool:
+        """Join a program to the guest, which asks by `connection`, and is not known to a table any
+        more then; see av_vsock_accept(). Whether it came to that."""
+        name, room = connection.key, connection.room
+        return int(lib.av_vsock_accept(self._native, fd, *name, room, fate)) == 0
 
     def reset(self) -> None:
         """The driver begins anew, at rest: spliced connections that it knew of end."""

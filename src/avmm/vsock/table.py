@@ -21,6 +21,7 @@ _TURN_BYTES: Final = 8 * SLICE_BYTES
 _TURN_PACKETS: Final = 512
 CLOSE_LIMIT_S: Final = 8.0
 """How long the guest may go on without closing its end, or taking anything, after we closed."""
+CLOSE_LATE: Final = "The guest does not close the connection, or takes nothing more of it"
 _FIRST_PORT: Final = 1 << 30
 _PORTS: Final = 1 << 30
 
@@ -63,9 +64,6 @@ class Table:
     """Loop. on_work: called when there is something to send, maybe many times.
 
     names: shared with connections that are not in this table; None: there are none.
-
-    on_request: decides about a guest that asks: it gets a connection to accept() or reset(), and
-    says whether anybody is there.
     """
 
     def __init__(
@@ -73,14 +71,13 @@ class Table:
         cid: int,
         loop: asyncio.AbstractEventLoop,
         on_work: Callable[[], None],
-        on_request: Callable[[Connection], bool],
         names: Names | None = None,
     ) -> None:
         self.cid = cid
         self.counters = Counters()
         self._loop = loop
         self._on_work = on_work
-        self._on_request = on_request
+        self._on_request: Callable[[Connection], bool] = _nobody
         self._names = names
         self._connections: dict[tuple[int, int], Connection] = {}
         self._ready: deque[Connection] = deque()
@@ -99,10 +96,20 @@ class Table:
 
     # --- the host's programs
 
+    def answer_by(self, on_request: Callable[[Connection], bool]) -> None:
+        """Who decides about a guest that asks: it gets a connection to accept() or reset(), and
+        says whether anybody is there."""
+        self._on_request = on_request
+
+    def hand_over(self, connection: Connection) -> None:
+        """It has come into other hands, with its name."""
+        self._connections.pop(connection.key)
+        connection.leave()
+
     def check_open(self) -> None:
         """Raises ConnectionResetError after close()."""
         if self._closed is not None:
-            raise _reset(self._closed)
+            raise reset_error(self._closed)
 
     def ask(self, guest_port: int) -> Connection:
         """A new connection from a free port of ours. It asks the guest once ask() is called.
@@ -187,7 +194,7 @@ class Table:
         self._replies.clear()
         for connection in tuple(self._connections.values()):
             if connection.state is not State.ASKED or connection.is_asked:
-                connection.forget(_reset(why))
+                connection.forget(reset_error(why))
                 self._remove(connection)
 
     def close(self, why: str) -> None:
@@ -195,7 +202,7 @@ class Table:
         self._closed = why
         self._replies.clear()
         for connection in tuple(self._connections.values()):
-            connection.forget(_reset(why))
+            connection.forget(reset_error(why))
             self._remove(connection)
         self._ready.clear()
 
@@ -237,15 +244,19 @@ class Table:
         elif connection.state is State.DEAD:
             self._remove(connection)
         elif connection.state is State.CLOSING and connection not in self._closing:
-            error = _reset("The guest does not close the connection, or takes nothing more of it")
+            error = reset_error(CLOSE_LATE)
             self._closing[connection] = self._loop.call_later(CLOSE_LIMIT_S, connection.fail, error)
 
 
-def too_many() -> HostError:
+def too_many(most: int = CONNECTIONS_MAX) -> HostError:
     """For one connection more than there may be."""
-    remedy = f"it has {CONNECTIONS_MAX} connections; close some"
-    return HostError("vsock", op="connect", remedy=remedy)
+    return HostError("vsock", op="connect", remedy=f"it has {most} connections; close some")
 
 
-def _reset(why: str) -> ConnectionResetError:
+def _nobody(connection: Connection) -> bool:
+    return False
+
+
+def reset_error(why: str) -> ConnectionResetError:
+    """For a connection that is no more."""
     return ConnectionResetError(errno.ECONNRESET, why)

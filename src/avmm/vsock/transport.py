@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from avmm.vsock.connection import Connection
+from avmm.vsock.connection import Events, State
 from avmm.vsock.packet import CID_HOST, SHUTDOWN_BOTH, SHUTDOWN_SEND
 
 _HIGH_BYTES: Final = 64 * 1024
@@ -15,6 +15,31 @@ _JOINED_BYTES: Final = 4096
 """Pieces that wait are joined up to this: a small one costs many times its bytes."""
 
 Bytes = bytes | bytearray | memoryview
+
+
+class Stream(Protocol):
+    """A connection, wherever its device is: what Connection says of these."""
+
+    guest_cid: int
+    host_port: int
+    guest_port: int
+    state: State
+    events: Events | None
+    out_bytes: int
+
+    def ask(self) -> None:
+        """See Connection, here and below."""
+        ...
+
+    def accept(self) -> None: ...
+
+    def write(self, data: memoryview) -> None: ...
+
+    def shut_down(self, flags: int) -> None: ...
+
+    def consumed(self, count: int) -> None: ...
+
+    def reset(self) -> None: ...
 
 
 class StreamTransport(asyncio.Transport):
@@ -29,16 +54,15 @@ class StreamTransport(asyncio.Transport):
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        connection: Connection,
+        connection: Stream,
         protocol: asyncio.BaseProtocol,
         report: Callable[[dict[str, Any]], object],
     ) -> None:
-        super().__init__(
-            {
-                "peername": (connection.guest_cid, connection.guest_port),
-                "sockname": (CID_HOST, connection.host_port),
-            }
-        )
+        self._names = {
+            "peername": (connection.guest_cid, connection.guest_port),
+            "sockname": (CID_HOST, connection.host_port),
+        }
+        super().__init__(self._names)
         self.opened: asyncio.Future[None] = loop.create_future()
         self.lost: asyncio.Future[None] = loop.create_future()
         self._loop = loop
@@ -59,8 +83,9 @@ class StreamTransport(asyncio.Transport):
         connection.events = self
 
     def __repr__(self) -> str:
-        host, guest = self._connection.key
-        return f"<StreamTransport host:{host} guest:{guest} {self._connection.state.value}>"
+        stream = self._connection
+        ports = f"host:{stream.host_port} guest:{stream.guest_port}"
+        return f"<StreamTransport {ports} {stream.state.value}>"
 
     # --- asyncio.BaseTransport, asyncio.ReadTransport
 
@@ -156,6 +181,7 @@ class StreamTransport(asyncio.Transport):
 
     def on_open(self) -> None:
         """The connection stands."""
+        self._names["sockname"] = (CID_HOST, self._connection.host_port)
         self._made = True
         self._call("connection_made", self)
         if not self.opened.done():
@@ -182,7 +208,7 @@ class StreamTransport(asyncio.Transport):
         if self._closing and not self._connection.out_bytes:
             self._lose(None)
 
-    def on_closed(self, error: ConnectionError | None) -> None:
+    def on_closed(self, error: Exception | None) -> None:
         """The guest closed, or something broke."""
         if not self._made:
             self._closing = self._lost = True

@@ -16,8 +16,6 @@ from avmm.machine.reason import ExitKind
     [
         ("nets", [avmm.Tap("tap0", vhost=True)]),
         ("nets", [avmm.Nic()]),
-        ("vsock", True),
-        ("agent", True),
         ("ports", avmm.Ports(["a"])),
         ("disks", [avmm.AsyncDisk(RamDisk(4096))]),
     ],
@@ -44,13 +42,20 @@ def test_a_configuration_arrives_as_it_was() -> None:
         nets=[avmm.Tap("tap0", host="10.0.0.1/24", tx_limit=limit)],
         rng=avmm.Rng(home="loop"),
         console=True,
+        vsock=avmm.Vsock(9),
+        agent=True,
         transport="mmio",
         stop_grace_s=2.5,
     )
     values = config_values(config)
-    sent = messages.packed(messages.Setup(values, [("k", 0)], [], ["serial"], 1, 2, 3))
+    sent = messages.packed(messages.Setup(values, [("k", 0)], [], ["serial"], True, 1, 2, 3))
     setup = messages.msgspec.msgpack.decode(sent[messages.LENGTH_BYTES :], type=messages.Setup)
     assert avmm.Config.from_values(setup.config, "worker") == config
+
+
+def test_a_worker_listens_at_no_unix_socket() -> None:
+    config = avmm.Config(kernel="k", vsock=avmm.Vsock(9, "/run/v"))
+    assert avmm.Config.from_values(config_values(config), "worker").vsock == avmm.Vsock(9)
 
 
 @pytest.mark.parametrize(

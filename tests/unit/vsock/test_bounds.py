@@ -10,10 +10,17 @@ from avmm.errors import HostError
 from avmm.log import GuestLog
 from avmm.vsock.host import VsockHost
 from avmm.vsock.packet import CID_HOST, TYPE_STREAM, Header, Op
+from avmm.vsock.table import Table
 from avmm.vsock.transport import StreamTransport
 from fakes.mmio_driver import settle
 from fakes.virtio_rig import virtio_rig
 from fakes.vsock_guest import vsock_guest
+
+
+def host_of_its_own() -> VsockHost:
+    loop = asyncio.get_running_loop()
+    return VsockHost(Table(3, loop, lambda: None), loop, GuestLog())
+
 
 PORT, SERVED = 1024, 5000
 MANY = 3000
@@ -74,7 +81,7 @@ async def test_thousands_of_connections_at_once() -> None:
                 done.set()
 
     lost: list[Exception | None] = []
-    host, ring = VsockHost(3, asyncio.get_running_loop(), lambda: None, GuestLog()), Taker()
+    host, ring = host_of_its_own(), Taker()
     server = host.create_server(Program, SERVED)
 
     def packets(op: Op, payload: bytes = b"", flags: int = 0) -> None:
@@ -148,7 +155,7 @@ async def test_small_pieces_that_wait_for_a_reader_are_joined() -> None:
         def data_received(self, data: bytes) -> None:
             received.append(data)
 
-    host = VsockHost(3, asyncio.get_running_loop(), lambda: None, GuestLog())
+    host = host_of_its_own()
     host.create_server(Program, SERVED)
 
     def packet(op: Op, payload: bytes = b"") -> None:

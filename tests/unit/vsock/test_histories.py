@@ -23,7 +23,7 @@ from avmm.vsock.packet import (
     Header,
     Op,
 )
-from avmm.vsock.table import Sent
+from avmm.vsock.table import Sent, Table
 from avmm.vsock.transport import StreamTransport
 
 CID, PORT = 3, 77
@@ -247,7 +247,7 @@ async def test_connections_at_once_are_what_they_would_be_alone(seed: int) -> No
     rng = random.Random(seed)
     loop = asyncio.get_running_loop()
     guest, ends = Guest(rng), list[HostEnd]()
-    host = VsockHost(CID, loop, lambda: None, GuestLog())
+    host = VsockHost(Table(CID, loop, lambda: None), loop, GuestLog())
     host.create_server(lambda: HostEnd(ends), PORT)
     connecting: set[asyncio.Task[object]] = set()
 

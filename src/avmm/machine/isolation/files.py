@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from avmm.agent.program import PROGRAM, open_program
 from avmm.block.raw import image_flags, open_image
 from avmm.boot.load import open_boot_file
 from avmm.errors import ConfigError
@@ -19,10 +20,9 @@ from avmm.machine.config import Config
 from avmm.machine.isolation.messages import HandedTap
 from avmm.virtio.devices.blk import Disk
 from avmm.virtio.devices.net import Tap, tap_settings
+from avmm.virtio.devices.vsock import Vsock
 
 _NOT_YET = {
-    "vsock": "the host's side of its sockets is in the program",
-    "agent": "it is reached by vsock",
     "ports": "their streams are in the program",
     "devices": "they are objects of the program",
 }
@@ -74,6 +74,8 @@ def config_values(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = msgspec.to_builtins(config)
     for name in _NOT_YET:
         del values[name]
+    if isinstance(config.vsock, Vsock):
+        values["vsock"]["uds"] = None  # the program listens, and connects
     return values
 
 
@@ -93,6 +95,8 @@ def open_files(config: Config, stack: ExitStack) -> list[tuple[str, int, int]]:
     add(config.kernel, os.O_RDONLY, open_boot_file(config.kernel, "kernel"))
     if config.initrd is not None:
         add(config.initrd, os.O_RDONLY, open_boot_file(config.initrd, "initrd"))
+    if config.agent and config.initrd is not None:
+        add(str(PROGRAM), os.O_RDONLY, open_program())
     for disk in disks_of(config).values():
         flags = image_flags(read_only=disk.read_only, direct=disk.direct)
         fd = open_image(disk.path, read_only=disk.read_only, direct=disk.direct)

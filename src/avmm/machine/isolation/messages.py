@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -16,6 +16,7 @@ from avmm.errors import AvmmError, BugError, ConfigError, GuestFault, HostError,
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.statistics import MachineStatistics
 from avmm.virtio.limit import RateLimit
+from avmm.vsock.fates import FATES
 
 T = TypeVar("T")
 
@@ -23,6 +24,10 @@ RECORD_MAX_BYTES = 4 << 20
 """A machine with every device and queue there can be says less in its statistics."""
 
 LENGTH_BYTES = 4
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
+Fate = Annotated[int, msgspec.Meta(ge=0, lt=FATES)]
+Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class Record(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
@@ -43,13 +48,15 @@ class HandedTap(Record, frozen=True):
 
 class Setup(Record, frozen=True):
     """The first, with descriptors: of `files`, which are (path, flags) in their order, of the TAPs'
-    queues, then of the consoles' pipes. uid: user and group to become, None: it stays what it is.
+    queues, of the consoles' pipes, then, with a vsock, of the socket by which sockets come and of
+    the memory of fates. uid: user and group to become, None: it stays what it is.
     locked_bytes: of memory that may be. log_level: of what is told."""
 
     config: dict[str, Any]
     files: list[tuple[str, int]]
     taps: list[HandedTap]
     consoles: list[str]
+    vsock: bool
     uid: int | None
     locked_bytes: int
     log_level: int
@@ -109,13 +116,41 @@ class Resize(Record, frozen=True):
     rows: int
 
 
+class Refuse(Record, frozen=True):
+    """Nobody is there for that Requested."""
+
+    number: Number
+
+
 class Probe(Record, frozen=True):
     """For tests of the walls: a worker that was not started for that takes it for nonsense."""
 
     code: str
 
 
-Command = Pause | Resume | Stop | PressPower | Limit | SetLink | LimitNic | Input | Resize | Probe
+Changes = Limit | SetLink | LimitNic
+Command = Pause | Resume | Stop | PressPower | Changes | Input | Resize | Refuse | Probe
+
+
+# What the program says with a socket, in a message of its own by the other way; answered by Took.
+
+
+class Ask(Record, frozen=True):
+    """Ask the guest to accept the program of that socket. fate: None: of nobody's interest."""
+
+    fate: Fate | None
+    port: Port
+
+
+class Accept(Record, frozen=True):
+    """The program of that socket accepts that Requested."""
+
+    number: Number
+    fate: Fate | None
+
+
+Handed = Ask | Accept
+HANDED_MAX_BYTES = 64
 
 
 # What the worker says.
@@ -188,6 +223,25 @@ class Taken(Record, frozen=True):
     number: int
 
 
+class Requested(Record, frozen=True):
+    """The guest asks for a port of the host's; answered by Accept or Refuse."""
+
+    number: Number
+    host_port: Port
+    guest_port: Port
+
+
+class Took(Record, frozen=True):
+    """The oldest socket that was on its way has come."""
+
+
+class Declined(Record, frozen=True):
+    """And nothing comes of it. failure: None: the guest does not ask any more."""
+
+    fate: Fate
+    failure: Failure | None
+
+
 class Log(Record, frozen=True):
     """A line of the log."""
 
@@ -214,7 +268,21 @@ class Probed(Record, frozen=True):
     result: str
 
 
-News = Running | Failed | Done | Report | Ready | Fault | Link | Taken | Log | Ended | Probed
+OfSockets = Requested | Took | Declined
+News = (
+    Running
+    | Failed
+    | Done
+    | Report
+    | Ready
+    | Fault
+    | Link
+    | Taken
+    | OfSockets
+    | Log
+    | Ended
+    | Probed
+)
 
 
 _FAMILIES: dict[str, type[AvmmError]] = {

@@ -31,8 +31,9 @@ from avmm.machine.isolation.files import (
     open_taps,
 )
 from avmm.machine.isolation.launch import WorkerProcess, launch
+from avmm.machine.isolation.sockets import Sockets, vsock_of
 from avmm.machine.lifecycle import uninterrupted
-from avmm.machine.parts import Reports
+from avmm.machine.parts import Reports, no_vsock
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.statistics import MachineStatistics
 from avmm.units import MIB
@@ -99,6 +100,7 @@ class RemoteMachine:
         self._broken: AvmmError | None = None
         self._gone: AvmmError | None = None
         self._log = GuestLog()
+        self._sockets: Sockets | None = None
 
     async def start(
         self, files: list[tuple[str, int, int]], taps: list[HostTap], opened: ExitStack
@@ -109,17 +111,22 @@ class RemoteMachine:
         self._line = say.Line(reader, writer, say.News)
         self._stack.push_async_callback(self._line.closed)
         names = ["serial", "console"] if self._config.console else ["serial"]
+        vsock = vsock_of(self._config)
         setup = say.Setup(
             config=config_values(self._config),
             files=[(path, flags) for path, flags, _ in files],
             taps=[say.HandedTap(tap.name, len(tap.fds), tap.mtu, tap.uso) for tap in taps],
             consoles=names,
+            vsock=vsock is not None,
             uid=UID_BASE + self.process.pid if self.process.privileged else None,
             locked_bytes=self._config.memory_bytes + _LOCKED_EXTRA_BYTES,
             log_level=logging.getLogger("avmm").getEffectiveLevel(),
         )
         fds = [fd for _, _, fd in files] + [fd for tap in taps for fd in tap.fds]
         fds += [self._add_console(name, opened) for name in names]
+        if vsock is not None:
+            self._sockets = Sockets(vsock, self._line, self._log, self._break, self._stack)
+            fds += self._sockets.theirs(opened)
         with contextlib.suppress(BrokenPipeError):  # it died: what is read next says so
             await _send(control, say.packed(setup), fds)
         opened.close()
@@ -148,7 +155,9 @@ class RemoteMachine:
 
     @property
     def vsock(self) -> VsockHost:
-        raise ConfigError("vsock", "vsock: this microVM has none; it is isolated")
+        if self._sockets is None:
+            raise no_vsock()
+        return self._sockets.host
 
     def go(self) -> None:
         self._reader = asyncio.get_running_loop().create_task(self._read(), name="avmm-worker")
@@ -250,9 +259,7 @@ class RemoteMachine:
             while (record := await self._line.next()) is not None:
                 self._dispatch(record)
         except Exception as e:
-            # It cannot be trusted to end by itself any more.
-            self._broken = e if isinstance(e, AvmmError) else BugError("worker", repr(e))
-            self.process.kill()
+            self._break(e if isinstance(e, AvmmError) else BugError("worker", repr(e)))
         error = self._gone = await self._death()
         if not self._ended:
             log.error("%s", error)
@@ -261,6 +268,12 @@ class RemoteMachine:
         for done in waiting:
             if not done.done():
                 done.set_exception(error)
+
+    def _break(self, error: AvmmError) -> None:
+        """It said what it never would, and cannot be trusted to end by itself any more."""
+        if self._broken is None:
+            self._broken = error
+        self.process.kill()
 
     async def _death(self) -> AvmmError:
         """Wait until it is gone, which it is about to be; what became of it."""
@@ -294,6 +307,8 @@ class RemoteMachine:
             case say.Taken():
                 if console := self._consoles.get(record.console):
                     console.on_taken(record.number)
+            case say.Requested() | say.Took() | say.Declined() if self._sockets is not None:
+                self._sockets.hear(record)
             case say.Log():
                 self._tell(record)
             case say.Probed() if self._probed:

@@ -31,10 +31,12 @@ from avmm.machine.isolation import messages as say
 from avmm.machine.isolation.consoles import ConsoleRelay
 from avmm.machine.isolation.files import Handed
 from avmm.machine.isolation.launch import CONTROL_FD
+from avmm.machine.isolation.relay import SocketRelay
 from avmm.machine.machine import MicroVM
 from avmm.machine.parts import Machine
 from avmm.machine.reason import ExitReason
 from avmm.native import lib
+from avmm.virtio.devices.vsock import VsockDevice
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ _REPORT_S = 0.5
 _BEHIND_BYTES = 1 << 20
 _DESCRIPTORS_MAX = 4096
 _FDS_MAX = 253  # that a message on a unix socket may carry
+_VSOCK_FDS = 2
 
 Probe = Callable[[str], str]
 
@@ -51,9 +54,14 @@ Probe = Callable[[str], str]
 class _WorkerVM(MicroVM):
     """Made of what was handed in."""
 
-    def __init__(self, config: Config, handed: Handed) -> None:
+    def __init__(
+        self, config: Config, handed: Handed, line: say.Line, vsock: Sequence[int]
+    ) -> None:
         super().__init__(config)
         self._handed = handed
+        self._line = line
+        self._vsock = vsock
+        self.relay: SocketRelay | None = None
 
     @property
     def machine(self) -> Machine:
@@ -69,7 +77,12 @@ class _WorkerVM(MicroVM):
 
     async def _build(self) -> Machine:
         handed = self._handed
-        return await build(self.config, self._stack, self._reports(), handed, handed.open_tap)
+        parts = await build(self.config, self._stack, self._reports(), handed, handed.open_tap)
+        for device in parts.devices.values():
+            if isinstance(device, VsockDevice):
+                self.relay = SocketRelay(device, self._line, *self._vsock)
+                self._stack.callback(self.relay.close)
+        return parts
 
 
 def main(probe: Probe | None = None) -> None:
@@ -105,12 +118,14 @@ async def _serve(
     reader, writer = await asyncio.open_unix_connection(sock=control)
     line = say.Line(reader, writer, say.Command)
     _log_to(line, setup.log_level)
-    consoles = len(fds) - len(setup.consoles)
+    vsock = len(fds) - (_VSOCK_FDS if setup.vsock else 0)
+    consoles = vsock - len(setup.consoles)
     try:
         _import_for(setup, fds)
-        landlock = _raise_walls(setup)
         config = Config.from_values(setup.config, "worker")
-        vm = _WorkerVM(config, Handed(setup.files, fds[:consoles], setup.taps))
+        landlock = _raise_walls(setup)
+        handed = Handed(setup.files, fds[:consoles], setup.taps)
+        vm = _WorkerVM(config, handed, line, fds[vsock:])
         events = vm.events()
         await vm.start()
     except Exception as e:
@@ -120,7 +135,7 @@ async def _serve(
         await line.sent()
         return 1
     _check_native(lib.av_walls_filter(lib.AV_ROLE_LOOP), "seccomp")
-    names = zip(setup.consoles, fds[consoles:], strict=True)
+    names = zip(setup.consoles, fds[consoles:vsock], strict=True)
     worker = _Worker(vm, line, events, dict(names), probe)
     line.say(say.Running(landlock, vm.statistics()))
     return await worker.live()
@@ -192,6 +207,8 @@ class _Worker:
                     self._relays[record.console].put(record)
                 case say.Resize():
                     self._relays[record.console].resize(record.columns, record.rows)
+                case say.Refuse() if self._vm.relay is not None:
+                    self._vm.relay.refuse(record)
                 case say.Probe() if self._probe is not None:
                     self._line.say(say.Probed(self._probe(record.code)))
                 case _:

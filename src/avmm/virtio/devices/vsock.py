@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from typing import Annotated, ClassVar, Final
 
@@ -18,7 +19,7 @@ from avmm.virtio.home import HomeChoice
 from avmm.vsock.host import VsockHost
 from avmm.vsock.packet import CID_MAX, CID_MIN
 from avmm.vsock.splice import Splice
-from avmm.vsock.table import Sent
+from avmm.vsock.table import Sent, Table
 
 RX, TX, EVENT = range(3)
 _QUEUE_SIZE: Final = 256
@@ -74,14 +75,8 @@ class VsockDevice(VirtioDevice):
         self.add_lane(self.splice.lane, home, self.queues[:EVENT], "vsock")
         if on_loop:
             context.stack.callback(home.after_turn(self._after_turn))
-        self.host = VsockHost(
-            config.cid,
-            context.loop,
-            self._on_work,
-            context.guest_log,
-            self.splice,
-            self.splice.serve,
-        )
+        self.table = Table(config.cid, context.loop, self._on_work, self.splice)
+        self.host = VsockHost(self.table, context.loop, context.guest_log, self.splice.serve)
         context.stack.push_async_callback(self.host.close)
         self._working = False
         self._due: asyncio.Handle | None = None
@@ -125,7 +120,7 @@ class VsockDevice(VirtioDevice):
 
     def counters(self) -> dict[str, int]:
         """Of packets, bytes and connections."""
-        counters, spliced = self.host.table.counters, self.splice.statistics()
+        counters, spliced = self.table.counters, self.splice.statistics()
         return {
             "connections": spliced.connections,
             "opened": counters.opened + spliced.opened,
@@ -147,12 +142,12 @@ class VsockDevice(VirtioDevice):
 
     def _forget(self, why: str) -> None:
         self._starved = self._held_back = False
-        self.host.table.reset(why)
+        self.table.reset(why)
         self.splice.reset()
 
     def _receive(self) -> None:
         """Packets of the guest's, when their answers can be kept: each may need one."""
-        table = self.host.table
+        table = self.table
         # It is heard again when it takes those there are (5.10.6.1).
         self._held_back = not table.has_room_for_replies
         if not self._held_back:
@@ -172,7 +167,7 @@ class VsockDevice(VirtioDevice):
 
     def _send(self) -> None:
         """Put what is due into the guest's buffers."""
-        table = self.host.table
+        table = self.table
         sent = table.send(self.splice)
         self._starved = sent is Sent.NO_ROOM
         self.splice.flush()
@@ -188,7 +183,10 @@ async def build(config: Vsock, context: DeviceContext) -> VsockDevice:
     if config.uds is not None:
         from avmm.vsock.uds import UnixSocket  # most have none
 
-        programs = UnixSocket(config.uds, device.splice.ask, context.guest_log, context.loop)
+        def ask(program: socket.socket, port: int) -> None:
+            device.splice.ask(program.detach(), port)
+
+        programs = UnixSocket(config.uds, ask, context.guest_log, context.loop)
         context.stack.callback(programs.close)
     return device
 
