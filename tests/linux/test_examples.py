@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from linux.guest import Assets, emulated_cpu
+from linux.guest import Assets
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LIMIT_S = 300
-SEVERAL_GUESTS = ("parallel_builds.py", "three_vms.py", "web_service.py")
 
 
 def needing_a_guest() -> list[str]:
@@ -25,14 +24,7 @@ def needing_a_guest() -> list[str]:
     )
 
 
-def marked(name: str) -> object:
-    """Examples with several guests at once have stood still on an emulated host (web_service and
-    three_vms, now and then): they run on demand there."""
-    on_demand = name in SEVERAL_GUESTS and emulated_cpu()
-    return pytest.param(name, marks=[pytest.mark.variant] if on_demand else [])
-
-
-@pytest.mark.parametrize("name", [marked(name) for name in needing_a_guest()])
+@pytest.mark.parametrize("name", needing_a_guest())
 async def test_example(assets: Assets, tmp_path: Path, name: str) -> None:
     kernel, initrd = assets.kernel("cloud", "vmlinux"), assets.initrd("cloud")
     command = (sys.executable, "-W", "error", str(EXAMPLES / name), str(kernel), str(initrd))
