@@ -229,6 +229,7 @@ async def test_what_cannot_start_says_why_and_leaves_nothing(
         (kernel, {"initrd": str(tmp_path / "none")}, "Initrd .*none: No such file"),
         (kernel, {"disks": [avmm.Disk(str(tmp_path / "none"))]}, "Disk .*none: No such file"),
         (kernel, {"disks": [avmm.Disk(str(image))]}, "1000 bytes is not a multiple of 512"),
+        (kernel, {"vsock": avmm.Vsock(uds=str(script / "v"))}, "Socket .*v: Not a directory"),
     )
     for path, more, message in cases:
         with pytest.raises(avmm.ConfigError, match=message):
@@ -248,7 +249,10 @@ async def test_what_cannot_start_says_why_and_leaves_nothing(
     ids=lambda point: point[1],
 )
 async def test_cancellation_at_any_point_of_start_leaves_nothing(
-    tiny_guest: Assemble, monkeypatch: pytest.MonkeyPatch, point: tuple[object, str]
+    tiny_guest: Assemble,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    point: tuple[object, str],
 ) -> None:
     before = held()
     where, name = point
@@ -259,11 +263,12 @@ async def test_cancellation_at_any_point_of_start_leaves_nothing(
         return original(*arguments)
 
     monkeypatch.setattr(where, name, cancelling)
-    vm = isolated(tiny_guest(SPIN))
+    vm = isolated(tiny_guest(SPIN), vsock=avmm.Vsock(uds=str(tmp_path / "v")))
     task = asyncio.create_task(vm.start())
     await asyncio.wait([task])
     assert task.cancelled()
     assert vm.state is avmm.State.STOPPED
+    assert not (tmp_path / "v").exists()
     assert held() == before
 
 

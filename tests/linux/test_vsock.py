@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -17,6 +18,11 @@ COUNT = 200
 BULK_BYTES = (12 if emulated_cpu() else 32) * MIB
 ECHO, ZERO, DEAF, NOBODY = 1000, 1001, 1002, 1003
 OURS, OURS_ECHO, OURS_ENDLESS, OURS_UNIX = 2000, 2001, 2002, 2003
+
+Isolation = Literal["process"] | None
+anywhere = pytest.mark.parametrize(
+    "isolation", [None, pytest.param("process", marks=pytest.mark.variant)], ids=["", "isolated"]
+)
 
 SERVERS = f"""
 set -m
@@ -54,10 +60,14 @@ async def answered(
     return came
 
 
+@anywhere
 @pytest.mark.both_loops
-async def test_the_host_connects_to_the_guests_programs(guests: Guests, tmp_path: Path) -> None:
+async def test_the_host_connects_to_the_guests_programs(
+    guests: Guests, tmp_path: Path, isolation: Isolation
+) -> None:
     path = tmp_path / "v"
-    async with guests.running(SERVERS, vsock=Vsock(uds=str(path)), memory="512M") as guest:
+    options = {"vsock": Vsock(uds=str(path)), "memory": "512M"}
+    async with guests.running(SERVERS, isolation=isolation, **options) as guest:
         await guest.says("SERVING")
         vsock = guest.vm.vsock
 
@@ -120,8 +130,11 @@ wait
 """
 
 
+@anywhere
 @pytest.mark.both_loops
-async def test_the_guests_programs_connect_to_the_host(guests: Guests, tmp_path: Path) -> None:
+async def test_the_guests_programs_connect_to_the_host(
+    guests: Guests, tmp_path: Path, isolation: Isolation
+) -> None:
     path = tmp_path / "v"
     ends: list[BaseException] = []
     flood = asyncio.Event()
@@ -140,7 +153,8 @@ async def test_the_guests_programs_connect_to_the_host(guests: Guests, tmp_path:
 
     vsock = Vsock(cid=42, uds=str(path))
     unix = await asyncio.start_unix_server(echo, f"{path}_{OURS_UNIX}")
-    async with unix, guests.running(CLIENTS, vsock=vsock, memory="512M") as guest:
+    options = {"vsock": vsock, "memory": "512M"}
+    async with unix, guests.running(CLIENTS, isolation=isolation, **options) as guest:
         servers = [
             await guest.vm.vsock.serve(port, callback)
             for port, callback in ((OURS, hello), (OURS_ECHO, echo), (OURS_ENDLESS, endless))

@@ -117,10 +117,12 @@ class RemoteTable:
     def decline(self, fate: int, error: AvmmError | None) -> None:
         """What was handed over for a connection of this fate comes to nothing.
 
-        error: why; None: the guest does not ask any more. Raises HostError("worker-protocol").
+        error: why, for who connects; None: the guest does not ask any more. Raises
+        HostError("worker-protocol").
         """
         if connection := self._connections.get(fate):
-            connection.end(error or guest_reset())
+            tells = connection.state is State.ASKED and isinstance(error, HostError)
+            connection.end(error if tells else guest_reset())
         if not self.fates.give_back(fate):
             raise HostError("worker-protocol", op="An answer for no connection")
 

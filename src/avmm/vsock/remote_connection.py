@@ -59,7 +59,12 @@ class RemoteConnection:
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, kind)
         self.fd = self._socket.fileno()
         self._events = select.EPOLLET
-        table.epoll.register(self.fd, self._events)
+        try:
+            table.epoll.register(self.fd, self._events)
+        except OSError:
+            self._socket.close()
+            self._theirs.close()
+            raise
         self._out: deque[memoryview] = deque()
         self._answer = b""
         self._shut = 0
