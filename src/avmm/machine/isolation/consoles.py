@@ -15,6 +15,10 @@ from avmm.machine.isolation.messages import Input, Line, Resize, Taken
 PIECE_BYTES = 64 << 10
 _INPUT_BYTES = 16 << 10
 _LIMIT_BYTES = 16 << 10
+_RUSH_BYTES = 1 << 20
+"""A worker that stops has less left for a reader that holds the guest."""
+_PIECES_AT_END = 32
+"""More than there is in a pipe that nobody writes to any more."""
 
 
 class RemoteConsole:
@@ -46,7 +50,7 @@ class RemoteConsole:
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         self._watching = False
-        self._rushing = False
+        self._rush_bytes = 0
         self._number = 0
         self._sent: tuple[int, int] | None = None
         self._sent_bytes = 0
@@ -54,14 +58,15 @@ class RemoteConsole:
         self._watch()
 
     def rush(self) -> None:
-        """The guest has ended: take all there is, whether or not a reader wants it now."""
-        self._rushing = True
+        """The guest has ended: take what is left, whether or not a reader wants it now."""
+        self._rush_bytes = _RUSH_BYTES
         self._watch()
 
     def finish(self) -> None:
         """Take what is in the pipe, and no more. Idempotent."""
-        while self._fd >= 0 and self._take():
-            pass
+        for _ in range(_PIECES_AT_END):
+            if self._fd < 0 or not self._take():
+                break
         self._close()
 
     def on_taken(self, number: int) -> None:
@@ -104,7 +109,7 @@ class RemoteConsole:
             self._loop.remove_reader(self._fd)
 
     def _on_readable(self) -> None:
-        if self.console.held and not self._rushing:
+        if self.console.held and self._rush_bytes <= 0:
             self._unwatch()
         else:
             self._take()
@@ -116,6 +121,7 @@ class RemoteConsole:
         except BlockingIOError:
             return False
         if data:
+            self._rush_bytes -= len(data)
             self.console.receive(data)
         else:
             self._close()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Annotated, Any, TypeVar
+import logging
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
 from avmm.errors import AvmmError, BugError, ConfigError, GuestFault, HostError, SnapshotError
+from avmm.log import LINE_MAX
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.statistics import MachineStatistics
 from avmm.virtio.limit import RateLimit
@@ -24,10 +26,16 @@ RECORD_MAX_BYTES = 4 << 20
 """A machine with every device and queue there can be says less in its statistics."""
 
 LENGTH_BYTES = 4
+_RECORDS_A_TURN: Final = 16
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
 Fate = Annotated[int, msgspec.Meta(ge=0, lt=FATES)]
 Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Text = Annotated[str, msgspec.Meta(max_length=LINE_MAX)]
+"""Of an event, of which many may wait for a reader."""
+Errno = Annotated[int, msgspec.Meta(ge=0, lt=4096)]
+Level = Annotated[int, msgspec.Meta(ge=0, le=logging.CRITICAL)]
+"""A logger remembers each that it was ever asked about."""
 
 
 class Record(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
@@ -163,7 +171,7 @@ class Failure(Record, frozen=True):
     kind: str
     message: str
     op: str = ""
-    errno: int | None = None
+    errno: Errno | None = None
     path: str | None = None
     remedy: str | None = None
 
@@ -197,22 +205,22 @@ class Report(Record, frozen=True):
 class Ready(Record, frozen=True):
     """A driver has set its device up, or left it."""
 
-    device: str
+    device: Text
     ready: bool
 
 
 class Fault(Record, frozen=True):
     """The guest broke the specification of a device."""
 
-    device: str
-    kind: str
-    detail: str
+    device: Text
+    kind: Text
+    detail: Text
 
 
 class Link(Record, frozen=True):
     """A cable was plugged in or out."""
 
-    device: str
+    device: Text
     up: bool
 
 
@@ -246,7 +254,7 @@ class Log(Record, frozen=True):
     """A line of the log."""
 
     logger: str
-    level: int
+    level: Level
     text: str
 
 
@@ -333,6 +341,7 @@ class Line:
         self._reader = reader
         self._writer = writer
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(what)
+        self._came = 0
 
     def say(self, record: Record) -> None:
         """Send it, in order; nothing once the other side is gone."""
@@ -350,6 +359,9 @@ class Line:
 
     async def next(self) -> Any:
         """The next record; None at the end. Raises HostError("worker-protocol")."""
+        self._came += 1
+        if self._came % _RECORDS_A_TURN == 0:
+            await asyncio.sleep(0)  # what has come already is read without one turn of the loop
         try:
             length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "little")
             if length > RECORD_MAX_BYTES:

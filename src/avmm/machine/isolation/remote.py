@@ -337,7 +337,10 @@ class RemoteMachine:
 
     def _tell(self, record: say.Log) -> None:
         """A worker that is not ours any more may not fill our log either."""
-        logger = logging.getLogger(f"avmm.{record.logger.removeprefix('avmm.')}")
+        # Not by getLogger(), which keeps every name it was ever asked for.
+        ours = record.logger.startswith("avmm.")
+        known = logging.root.manager.loggerDict.get(record.logger) if ours else None
+        logger = known if isinstance(known, logging.Logger) else log
         if logger.isEnabledFor(record.level) and self._log.admits():
             logger.log(record.level, "%s", record.text[:LINE_MAX])
 
