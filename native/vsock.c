@@ -367,7 +367,7 @@ uint32_t av_vsock_expire(struct av_vsock *vsock)
         struct av_vsock_connection *connection = av_vsock_of_all(at);
 
         next = at->next;
-        if (connection->deadline_ns != 0 && connection->deadline_ns <= now_ns)
+        if (av_vsock_is_late(connection, now_ns))
             av_vsock_kill(vsock, connection);
     }
     waiting = vsock->waiting;

@@ -197,6 +197,8 @@ void av_vsock_close(struct av_vsock *vsock, struct av_vsock_connection *connecti
 /* Tell its program, by av_vsock_ends bits, before what they explain. */
 void av_vsock_tell_fate(struct av_vsock_connection *connection, uint8_t ends);
 bool av_vsock_is_aborted(const struct av_vsock_connection *connection);
+/* Whether it has waited for the guest for long enough. */
+bool av_vsock_is_late(const struct av_vsock_connection *connection, uint64_t now_ns);
 
 /* vsock_tx.c */
 /* Packets of the guest's, a bounded number. 1 more to do, 0, or -EPROTO. */

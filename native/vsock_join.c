@@ -26,6 +26,17 @@ bool av_vsock_is_aborted(const struct av_vsock_connection *connection)
            (__atomic_load_n(&connection->fate->program, __ATOMIC_ACQUIRE) & AV_VSOCK_ABORTED);
 }
 
+/* One that has a fate says itself how long it waits, and where there is no driver its hang-up is not
+ * looked at: expiry finds that. */
+bool av_vsock_is_late(const struct av_vsock_connection *connection, uint64_t now_ns)
+{
+    if (connection->deadline_ns == 0)
+        return false;
+    if (connection->state == AV_VSOCK_ASKED && connection->fate != NULL)
+        return av_vsock_is_aborted(connection);
+    return connection->deadline_ns <= now_ns;
+}
+
 static int ask(struct av_vsock *vsock, int fd, uint32_t guest_port, struct av_vsock_fate *fate)
 {
     struct av_vsock_connection *connection;
@@ -41,8 +52,7 @@ static int ask(struct av_vsock *vsock, int fd, uint32_t guest_port, struct av_vs
         return -ENOMEM;
     connection->fate = fate;
     av_vsock_name(vsock, connection);
-    if (fate == NULL)
-        av_vsock_wait(vsock, connection, vsock->setup.ask_ns);
+    av_vsock_wait(vsock, connection, vsock->setup.ask_ns);
     connection->due = AV_VSOCK_DUE_REQUEST;
     av_vsock_wake(vsock, connection);
     av_lane_wake(&vsock->lane);

@@ -135,6 +135,11 @@ static void give_back(struct av_vsock *vsock, const struct av_vsock_connection *
 
 static void on_end(struct av_vsock *vsock, struct av_vsock_connection *connection, bool gone)
 {
+    /* By now it would be a hang-up, whose event may come later. */
+    if (av_vsock_is_aborted(connection)) {
+        av_vsock_kill(vsock, connection);
+        return;
+    }
     connection->has_eof = true;
     av_vsock_shut(vsock, connection, gone ? AV_VSOCK_SHUT_BOTH : AV_VSOCK_SHUT_SEND);
 }

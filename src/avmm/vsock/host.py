@@ -88,9 +88,13 @@ class VsockServer:
 
     # What follows is for the host.
 
-    def take(self, host: VsockHost, connection: Stream) -> None:
+    def protocol(self) -> asyncio.BaseProtocol:
+        """For the next connection. Raises what the program's factory raises."""
+        return self._factory()
+
+    def take(self, host: VsockHost, connection: Stream, protocol: asyncio.BaseProtocol) -> None:
         """A connection of the guest's, accepted."""
-        transport = host.transport(connection, self._factory())
+        transport = host.transport(connection, protocol)
         self._transports.add(transport)
         transport.lost.add_done_callback(lambda _: self._forget(transport))
         connection.accept()
@@ -152,8 +156,9 @@ class VsockHost:
         self, factory: Factory, port: int, *, timeout_s: float | None = CONNECT_LIMIT_S
     ) -> asyncio.Transport:
         """The same for an asyncio.Protocol, which `factory` makes."""
-        connection = self.table.ask(_checked(port))
-        transport = self.transport(connection, factory())
+        port, protocol = _checked(port), factory()
+        connection = self.table.ask(port)
+        transport = self.transport(connection, protocol)
         connection.ask()
         try:
             async with asyncio.timeout(timeout_s):
@@ -225,8 +230,13 @@ class VsockHost:
         server = self._servers.get(connection.host_port)
         if server is None:
             return False
+        try:
+            protocol = server.protocol()
+        except Exception as e:
+            self._report({"message": "A factory of a VsockServer failed", "exception": e})
+            return False
         self.table.counters.opened += 1
-        server.take(self, connection)
+        server.take(self, connection, protocol)
         return True
 
     def _handler(

@@ -37,6 +37,10 @@ class Worker(Protocol):
         """Join the guest's request of that number to this socket."""
         ...
 
+    def forget(self, fate: int) -> bool:
+        """Do not, if it has not got that socket so far; whether it had not."""
+        ...
+
 
 class RemoteTable:
     """See Table. Loop. broken: told when the worker says what it never would.
@@ -63,7 +67,7 @@ class RemoteTable:
         self._on_request: Callable[[RemoteConnection], bool] = lambda connection: False
         self._closed: str | None = None
         self._requested = 0
-        self._requested_max = _requested_max()
+        self._requested_max = guests_share()
         # One of our own for all sockets: libuv tells of an error in place of what can be read, and
         # of nothing at all that nobody wants to read or write.
         try:
@@ -134,6 +138,8 @@ class RemoteTable:
         self.epoll.unregister(connection.fd)
         del self._connections[connection.fate]
         self.fates.leave(connection.fate)
+        if self.worker.forget(connection.fate):
+            self.fates.give_back(connection.fate)
         self._requested -= connection.number is not None
 
     def _on_events(self) -> None:
@@ -157,7 +163,7 @@ class RemoteTable:
         return connection
 
 
-def _requested_max() -> int:
-    """Connections by which guests may use descriptors of ours: not nearly all of them."""
+def guests_share() -> int:
+    """Connections by which a guest may use descriptors of ours: not nearly all of them."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return FATES if most == resource.RLIM_INFINITY else min(FATES, most // _GUESTS_SHARE)

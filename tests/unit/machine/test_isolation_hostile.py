@@ -19,11 +19,19 @@ from avmm.log import GuestLog
 from avmm.machine.isolation import messages as say
 from avmm.machine.isolation import sockets
 from avmm.virtio.devices.vsock import Vsock
-from fakes.apart_vsock import Line
+from avmm.vsock import remote
+from fakes.apart_vsock import Apart, Line, apart_rig
+from fakes.mmio_driver import settle
+from fakes.vsock_guest import VsockGuest, vsock_guest
 
-SERVED = 5000
+PORT, SERVED = 1024, 5000
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+def apart(guest: VsockGuest) -> Apart:
+    assert guest.apart is not None
+    return guest.apart
 
 
 async def hear_anything(seed: int, tmp_path: Path) -> None:
@@ -131,3 +139,77 @@ async def test_a_worker_that_was_taken_over_harms_its_own_streams_alone(
     assert failures == []
     assert sorted(os.listdir("/proc/self/fd")) == before
     loop.set_exception_handler(None)
+
+
+def open_sockets() -> int:
+    """Descriptors of this process."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def hears_nothing(guest: VsockGuest) -> None:
+    """A worker that takes no sockets."""
+    asyncio.get_running_loop().remove_reader(apart(guest).relay._way.fileno())
+
+
+async def test_a_worker_that_takes_nothing_keeps_no_socket_of_what_has_ended() -> None:
+    async with vsock_guest(apart_rig) as guest:
+        hears_nothing(guest)
+        table = apart(guest).sockets._table
+        gc.collect()  # of what other tests left
+        before = open_sockets()
+        await guest.host.serve(SERVED, lambda _, writer: writer.transport.abort())
+        for number in range(100):
+            apart(guest).to_program.say(say.Requested(number, SERVED, 1))
+            with pytest.raises(TimeoutError):
+                await guest.host.connect(PORT, timeout_s=0)
+        await settle()
+        assert len(table) == 0
+        assert open_sockets() == before
+        kept = [record.number for record in apart(guest).to_worker.said]  # type: ignore[attr-defined]
+        assert kept == list(range(100 - len(kept), 100))
+        assert 0 < len(kept) < 100
+
+
+async def ask_without_end(guest: VsockGuest) -> None:
+    """At a unix socket, by a worker that takes none."""
+    hears_nothing(guest)
+    for number in range(300):
+        apart(guest).to_program.say(say.Requested(number, SERVED, 1))
+    await settle()
+    refused = [record.number for record in apart(guest).to_worker.said]  # type: ignore[attr-defined]
+    assert refused == list(range(64 + 32, 300))
+    connecting = asyncio.ensure_future(guest.host.connect(PORT))
+    await settle()
+    assert not connecting.done()  # what the program itself wants waits its turn
+    connecting.cancel()
+
+
+async def test_a_worker_that_takes_nothing_gets_a_part_of_our_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote.resource, "getrlimit", lambda _: (256, 256))
+    with socket.socket(socket.AF_UNIX) as program:
+        program.bind(str(tmp_path / f"v_{SERVED}"))
+        program.listen(1000)
+        async with vsock_guest(apart_rig, uds=str(tmp_path / "v")) as guest:
+            await ask_without_end(guest)
+
+
+async def test_a_worker_that_only_says_it_took_them_keeps_few() -> None:
+    async with vsock_guest(apart_rig) as guest:
+        hears_nothing(guest)
+        connecting = []
+        for _ in range(300):
+            connecting.append(asyncio.ensure_future(guest.host.connect(PORT)))
+            apart(guest).to_program.say(say.Took())
+            await settle()
+        kept = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                _, fds, _, _ = socket.recv_fds(apart(guest).relay._way, 100, 1)
+                kept += len(fds)
+                os.close(*fds)
+        assert sockets._ON_THEIR_WAY_MAX <= kept <= 4 * sockets._ON_THEIR_WAY_MAX
+        for one in connecting:
+            one.cancel()
+        await asyncio.gather(*connecting, return_exceptions=True)

@@ -8,13 +8,14 @@ import socket
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from avmm.errors import HostError
 from avmm.machine.isolation import messages as say
 from avmm.machine.isolation import sockets
-from avmm.vsock import remote
+from avmm.vsock import remote, splice
 from avmm.vsock.packet import SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, Op
 from fakes.apart_vsock import Apart, apart_rig
 from fakes.mmio_driver import settle
@@ -260,7 +261,51 @@ async def test_few_sockets_are_on_their_way_at_once(
             await settle()
         await guest.accept()
     await asyncio.gather(*connecting[:49])
-    assert sent == 50
+    assert sent == 49
+
+
+async def test_a_guest_without_a_driver_keeps_no_connection_that_was_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(splice, "ASK_LIMIT_S", 0.01)
+    async with vsock_guest(apart_rig, start=False) as guest:
+        for _ in range(3):
+            connecting = asyncio.ensure_future(guest.host.connect(PORT))
+            await settle()
+            connecting.cancel()
+        waiting = asyncio.ensure_future(guest.host.connect(PORT))
+        while guest.counter("connections") != 1:
+            await settle()
+        await guest.restart()
+        await guest.accept()
+        await waiting
+
+
+async def test_an_end_that_is_seen_before_the_hang_up_is_a_reset_all_the_same(
+    guest: VsockGuest,
+) -> None:
+    await served(guest)
+    (connection,) = apart(guest).sockets._table._connections.values()
+    apart(guest).sockets._fates.abort(connection.fate)
+    connection._socket.shutdown(socket.SHUT_WR)
+    await guest.expect(Op.RST)
+
+
+async def test_a_factory_that_fails_leaves_no_connection(guest: VsockGuest) -> None:
+    def fail() -> asyncio.BaseProtocol:
+        raise KeyError("a mistake of the program's")
+
+    reported: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: reported.append(context))
+    with pytest.raises(KeyError):
+        await guest.host.create_connection(fail, PORT)
+    guest.host.create_server(fail, SERVED)
+    guest.send(Op.REQUEST, SERVED, 7)
+    await guest.expect(Op.RST)
+    loop.set_exception_handler(None)
+    assert [type(context["exception"]) for context in reported] == [KeyError]
+    assert len(apart(guest).sockets._table) == 0
 
 
 @pytest.mark.parametrize(
@@ -296,13 +341,16 @@ async def test_an_answer_without_sense_is_the_workers_end(answer: bytes) -> None
 async def test_requests_without_an_ear_for_answers_are_the_workers_end() -> None:
     async with vsock_guest(apart_rig) as guest:
         apart(guest).to_worker.waiting_bytes = 2 << 20
-        apart(guest).to_program.say(say.Requested(0, 1, 1))
+        await guest.host.serve(SERVED, lambda *_: None)
+        for port in (1, SERVED):
+            apart(guest).to_program.say(say.Requested(0, port, 1))
         await settle()
-        (error,) = apart(guest).broken
-        assert (type(error), error.kind) == (HostError, "worker-protocol")
+        for error in apart(guest).broken:
+            assert (type(error), error.kind) == (HostError, "worker-protocol")
+        assert len(apart(guest).broken) == 2
 
 
 def test_guests_have_a_part_of_our_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, most in ((1024, 256), (1 << 20, 1024), (remote.resource.RLIM_INFINITY, 1024)):
         monkeypatch.setattr(remote.resource, "getrlimit", lambda _, limit=limit: (limit, limit))
-        assert remote._requested_max() == most
+        assert remote.guests_share() == most

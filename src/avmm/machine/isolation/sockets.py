@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import socket
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Final
@@ -26,7 +26,7 @@ from avmm.machine.isolation import messages as say
 from avmm.virtio.devices.vsock import Vsock
 from avmm.vsock.fates import Fates
 from avmm.vsock.host import VsockHost
-from avmm.vsock.remote import RemoteTable
+from avmm.vsock.remote import RemoteTable, guests_share
 from avmm.vsock.table import too_many
 from avmm.vsock.uds import UnixSocket
 
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 _ON_THEIR_WAY_MAX: Final = 32
 """A worker that takes nothing keeps so many in the kernel, which counts them against our user."""
-_WAITING_MAX: Final = 1024
+_WAY_BYTES: Final = _ON_THEIR_WAY_MAX * 1024
+"""Of the kernel's memory, which takes twice that: one that only says it took them gets few more."""
 _REFUSED_BEHIND_BYTES: Final = 1 << 20
 
 
@@ -55,16 +56,27 @@ class _Handing:
     def __init__(self, way: socket.socket, on_lost: Callable[[say.Handed, HostError], None]):
         self._way = way
         self._on_lost = on_lost
-        self._waiting: deque[tuple[say.Handed, socket.socket]] = deque()
+        self._waiting: OrderedDict[object, tuple[say.Handed, socket.socket]] = OrderedDict()
+        self._waiting_max = guests_share()
         self._on_their_way = 0
 
     def hand(self, record: say.Handed, theirs: socket.socket) -> None:
-        """In order, as the worker takes them. Raises HostError("vsock")."""
-        if len(self._waiting) >= _WAITING_MAX:
+        """In order, as the worker takes them. Raises HostError("vsock") when too many wait that
+        the program itself did not ask for."""
+        ours = isinstance(record, say.Ask) and record.fate is not None
+        if not ours and len(self._waiting) >= self._waiting_max:
             theirs.close()
-            raise too_many(_WAITING_MAX)
-        self._waiting.append((record, theirs))
+            raise too_many(self._waiting_max)
+        self._waiting[object() if record.fate is None else record.fate] = record, theirs
         self._send()
+
+    def take_back(self, fate: int) -> say.Handed | None:
+        """The record of this fate, if it still waits; its socket is closed."""
+        if fate not in self._waiting:
+            return None
+        record, theirs = self._waiting.pop(fate)
+        theirs.close()
+        return record
 
     def on_took(self) -> None:
         """The worker has one. Raises HostError("worker-protocol")."""
@@ -75,14 +87,14 @@ class _Handing:
 
     def close(self) -> None:
         """Close all."""
-        for _, theirs in self._waiting:
+        for _, theirs in self._waiting.values():
             theirs.close()
         self._waiting.clear()
         self._way.close()
 
     def _send(self) -> None:
         while self._waiting and self._on_their_way < _ON_THEIR_WAY_MAX:
-            record, theirs = self._waiting.popleft()
+            _, (record, theirs) = self._waiting.popitem(last=False)
             with theirs:
                 try:
                     socket.send_fds(self._way, [msgspec.msgpack.encode(record)], [theirs.fileno()])
@@ -123,6 +135,7 @@ class Sockets:
             except OSError as e:
                 raise HostError("descriptors", op="socketpair", errno=e.errno) from e
             opened.callback(self._there.close)
+            way.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _WAY_BYTES)
             way.setblocking(False)
             self._there.setblocking(False)
             self._handing = _Handing(way, self._on_lost)
@@ -161,6 +174,12 @@ class Sockets:
     def accept(self, number: int, fate: int, theirs: socket.socket) -> None:
         self._hand(say.Accept(number, fate), theirs)
 
+    def forget(self, fate: int) -> bool:
+        record = self._handing.take_back(fate)
+        if isinstance(record, say.Accept):
+            self._line.say(say.Refuse(record.number))
+        return record is not None
+
     # --- inside
 
     def _hand(self, record: say.Handed, theirs: socket.socket) -> None:
@@ -182,6 +201,8 @@ class Sockets:
         (self._served.add if serving else self._served.discard)(port)
 
     def _on_request(self, record: say.Requested) -> None:
+        if self._line.waiting_bytes > _REFUSED_BEHIND_BYTES:
+            raise HostError("worker-protocol", op="Requests without an ear for answers")
         try:
             if record.host_port in self._served:
                 taken = self._table.request(record.number, record.host_port, record.guest_port)
@@ -191,8 +212,6 @@ class Sockets:
             self._guest_log.write(log, logging.WARNING, "vsock: %s", e)
             taken = False
         if not taken:
-            if self._line.waiting_bytes > _REFUSED_BEHIND_BYTES:
-                raise HostError("worker-protocol", op="Requests without an ear for answers")
             self._line.say(say.Refuse(record.number))
 
     def _join(self, record: say.Requested, uds: str) -> bool:
