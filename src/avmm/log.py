@@ -16,6 +16,15 @@ LINE_MAX: Final = 4000
 log = logging.getLogger(__name__)
 
 
+def printable(text: str) -> str:
+    """What somebody else said, for people: nothing that a terminal would obey, and no line of it
+    looks like one of our own. LINE_MAX characters of it."""
+    text = text[:LINE_MAX].replace("\n", "\n  ")
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 class GuestLog:
     """Lines that a guest can cause, for all devices of one microVM: LINES_AT_ONCE, and after that
     one every LINE_EVERY_S. Of the rest there is a count. Loop."""

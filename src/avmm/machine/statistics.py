@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Final
+
+import msgspec
 
 from avmm.legacy.serial16550 import SerialStatistics
 from avmm.machine.vcpu.thread import VcpuStatistics
 from avmm.virtio.device import DeviceStatistics
 from avmm.virtio.home import HomeStatistics
+
+_DEVICES_MAX: Final = 256
+"""Of a worker's, which may say anything: to take in millions of names would keep the loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,6 @@ class MachineStatistics:
     start_s: float
     vcpus: tuple[VcpuStatistics, ...]
     console: SerialStatistics
-    devices: Mapping[str, DeviceStatistics]
+    devices: Annotated[Mapping[str, DeviceStatistics], msgspec.Meta(max_length=_DEVICES_MAX)]
     homes: tuple[HomeStatistics, ...]
     log_lines_left_out: int

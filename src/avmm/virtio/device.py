@@ -9,6 +9,9 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Final
+
+import msgspec
 
 from avmm.errors import BugError, GuestFault, HostError
 from avmm.frozen import FrozenDict
@@ -22,6 +25,9 @@ from avmm.virtio.queue import NO_FAULT, Queue, QueueStatistics
 from avmm.virtio.state import DeviceState, Transition
 
 log = logging.getLogger(__name__)
+
+_COUNTERS_MAX: Final = 256
+"""Of a device in a worker, see MachineStatistics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class DeviceStatistics:
     ignored: int
     interrupts: int
     queues: tuple[QueueStatistics, ...]
-    counters: Mapping[str, int]
+    counters: Annotated[Mapping[str, int], msgspec.Meta(max_length=_COUNTERS_MAX)]
 
 
 @dataclass(frozen=True, slots=True)

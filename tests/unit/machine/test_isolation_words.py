@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 from contextlib import AsyncExitStack
@@ -11,10 +12,15 @@ from typing import Any
 import pytest
 
 from avmm.errors import HostError
+from avmm.legacy.serial16550 import SerialStatistics
+from avmm.log import LINE_MAX
 from avmm.machine.config import Config
 from avmm.machine.isolation import consoles
 from avmm.machine.isolation import messages as say
 from avmm.machine.isolation.remote import RemoteMachine
+from avmm.machine.reason import ExitKind
+from avmm.machine.statistics import MachineStatistics
+from avmm.virtio.device import DeviceStatistics
 from fakes.mmio_driver import settle
 
 
@@ -84,6 +90,40 @@ async def test_many_records_at_once_leave_the_loop_its_turns() -> None:
     for _ in range(1000):
         assert await line.next() == say.Took()
     assert turns >= 1000 // 32
+
+
+def test_what_a_terminal_would_obey_is_shown_and_a_line_of_the_log_stays_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    heard = machine()
+    heard._dispatch(say.Log("avmm", logging.ERROR, "a\x1b[2J\rb\n12:00 avmm: all is well\x9b"))
+    assert caplog.messages == ["a\\x1b[2J\\rb\n  12:00 avmm: all is well\\x9b"]
+    ended = say.Ended(ExitKind.ERROR, "\x1b[2J" + "x" * 10_000, statistics())
+    assert ended.reason().detail == ("\\x1b[2J" + "x" * 10_000)[: LINE_MAX + 3]
+    for family in ("HostError", "ConfigError"):
+        error = say.error_of(say.Failure(family, "kind", "\x07", "\x07", None, "\x07", "\x07"))
+        assert "\x07" not in str(error)
+
+
+def statistics(**counters: int) -> MachineStatistics:
+    device = DeviceStatistics("blk", 0, 0, None, 0, 0, (), counters)
+    serial = SerialStatistics(**dict.fromkeys(SerialStatistics.__dataclass_fields__, 0))
+    return MachineStatistics("running", 0.0, (), serial, {"blk0": device}, (), 0)
+
+
+@pytest.mark.parametrize(("counters", "devices"), [(1000, 1), (1, 1000)])
+async def test_statistics_of_more_than_there_is_are_the_workers_end(
+    counters: int, devices: int
+) -> None:
+    said = statistics(**{f"{at}": at for at in range(counters)})
+    said = dataclasses.replace(
+        said, devices={f"{at}": said.devices["blk0"] for at in range(devices)}
+    )
+    reader = asyncio.StreamReader()
+    reader.feed_data(say.packed(say.Report(said)))
+    with pytest.raises(HostError) as caught:
+        await say.Line(reader, None, say.News).next()  # type: ignore[arg-type]
+    assert caught.value.kind == "worker-protocol"
 
 
 class Endless:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 
 from avmm.errors import AvmmError, BugError, ConfigError, GuestFault, HostError, SnapshotError
-from avmm.log import LINE_MAX
+from avmm.log import LINE_MAX, printable
 from avmm.machine.reason import ExitKind, ExitReason
 from avmm.machine.statistics import MachineStatistics
 from avmm.virtio.limit import RateLimit
@@ -267,7 +267,7 @@ class Ended(Record, frozen=True):
 
     def reason(self) -> ExitReason:
         """As the microVM's."""
-        return ExitReason(self.kind, self.detail)
+        return ExitReason(self.kind, printable(self.detail))
 
 
 class Probed(Record, frozen=True):
@@ -320,12 +320,12 @@ def error_of(failure: Failure) -> AvmmError:
     if failure.family == "HostError":
         return HostError(
             failure.kind,
-            op=failure.op,
+            op=printable(failure.op),
             errno=failure.errno,
-            path=failure.path,
-            remedy=failure.remedy,
+            path=failure.path and printable(failure.path),
+            remedy=failure.remedy and printable(failure.remedy),
         )
-    return _FAMILIES.get(failure.family, BugError)(failure.kind, failure.message)
+    return _FAMILIES.get(failure.family, BugError)(failure.kind, printable(failure.message))
 
 
 def packed(record: Record) -> bytes:

@@ -17,7 +17,7 @@ from avmm.console.console import SCROLLBACK_BYTES, Console, check_scrollback
 from avmm.errors import AvmmError, BugError, ConfigError, GuestFault, HostError
 from avmm.frozen import FrozenDict
 from avmm.hostnet.tap import HostTap
-from avmm.log import LINE_MAX, GuestLog
+from avmm.log import GuestLog, printable
 from avmm.machine.config import Config
 from avmm.machine.isolation import messages as say
 from avmm.machine.isolation.cgroup import WorkerGroup, limits_of
@@ -285,7 +285,7 @@ class RemoteMachine:
         if not has_ended:
             return self.process.hangs()
         status = self.process.ended.result()
-        words = self.process.last_words.strip()
+        words = printable(self.process.last_words.strip())
         return HostError(
             "worker-died",
             op=f"Worker {self.process.pid} of the microVM",
@@ -342,7 +342,7 @@ class RemoteMachine:
         known = logging.root.manager.loggerDict.get(record.logger) if ours else None
         logger = known if isinstance(known, logging.Logger) else log
         if logger.isEnabledFor(record.level) and self._log.admits():
-            logger.log(record.level, "%s", record.text[:LINE_MAX])
+            logger.log(record.level, "%s", printable(record.text))
 
     def _take_statistics(self, statistics: MachineStatistics) -> None:
         devices = {
