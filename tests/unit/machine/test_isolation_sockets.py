@@ -269,11 +269,13 @@ async def test_a_guest_without_a_driver_keeps_no_connection_that_was_given_up(
 ) -> None:
     monkeypatch.setattr(splice, "ASK_LIMIT_S", 0.01)
     async with vsock_guest(apart_rig, start=False) as guest:
-        for _ in range(3):
-            connecting = asyncio.ensure_future(guest.host.connect(PORT))
+        asking = [asyncio.ensure_future(guest.host.connect(PORT)) for _ in range(4)]
+        while guest.counter("connections") != 4:
             await settle()
-            connecting.cancel()
-        waiting = asyncio.ensure_future(guest.host.connect(PORT))
+        waiting, *given_up = asking
+        for one in given_up:
+            one.cancel()
+        await asyncio.gather(*given_up, return_exceptions=True)
         while guest.counter("connections") != 1:
             await settle()
         await guest.restart()
