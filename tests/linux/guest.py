@@ -25,6 +25,12 @@ def emulated_cpu() -> bool:
     return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 
 
+def emulated_in_threads() -> bool:
+    """Whether several threads emulate CPUs, as in a testbed of several: QEMU 7.2 is not faithful
+    then, and a guest of several vCPUs at full load may end by a triple fault, whoever the VMM."""
+    return emulated_cpu() and (os.cpu_count() or 1) > 1
+
+
 @dataclass(frozen=True)
 class Assets:
     """Files made by scripts/assets."""

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from avmm.bench.guest.soak import soak
-from linux.guest import Assets, emulated_cpu
+from linux.guest import Assets, emulated_in_threads
 
 SECONDS, INTERVAL_S = 20.0, 5.0
-# A guest of two vCPUs at full load now and then dies of the emulator, under QEMU as well.
-CPUS = 1 if emulated_cpu() else 2
+CPUS = 1 if emulated_in_threads() else 2
 
 
 @pytest.mark.slow
