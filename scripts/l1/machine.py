@@ -33,7 +33,9 @@ def _share(tag: str, path: Path | str, *, readonly: bool) -> list[str]:
     return ["-virtfs", options + ",multidevs=remap"]  # without it file ids of two disks collide
 
 
-def _qemu_command(spec: Spec, listeners: list[socket.socket]) -> list[str]:
+def _qemu_command(
+    spec: Spec, listeners: list[socket.socket], monitor: socket.socket
+) -> list[str]:
     kernel = spec.cache / "kernels/generic"
     cmdline = f"console=ttyS0 panic=-1 mitigations=off quiet avmm.slots={spec.slots}"
     command = [
@@ -41,6 +43,9 @@ def _qemu_command(spec: Spec, listeners: list[socket.socket]) -> list[str]:
         "-accel", "tcg,thread=multi,tb-size=512", "-M", "q35", "-cpu", "max,+svm,+npt",
         "-smp", str(spec.cpus), "-m", str(spec.memory_mib),
         "-kernel", str(kernel / "vmlinux"), "-initrd", str(spec.cache / "testbed/initrd.cpio"),
+        # For those who look into an L1 that hangs: info registers, info lapic.
+        "-chardev", f"socket,id=monitor,fd={monitor.fileno()},server=on,wait=off",
+        "-mon", "monitor",
         "-serial", "file:console.log", "-device", "virtio-serial-pci",
         *_share("modules", kernel / "modules", readonly=True),
     ]  # fmt: skip
@@ -57,7 +62,7 @@ def _qemu_command(spec: Spec, listeners: list[socket.socket]) -> list[str]:
 
 
 def start(spec: Spec, state: Path, *, keep: bool) -> subprocess.Popen[bytes]:
-    """Start QEMU with its sockets slot.N and its console.log in `state`.
+    """Start QEMU with its sockets slot.N and monitor, and its console.log, in `state`.
 
     Returns at once: a client may connect and send, L1 answers when it is up. Unless kept, QEMU
     dies with the calling thread.
@@ -65,22 +70,27 @@ def start(spec: Spec, state: Path, *, keep: bool) -> subprocess.Popen[bytes]:
     if spec.out is not None:
         spec.out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        listeners = []
-        for slot in range(spec.slots):
-            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-            listener.bind(_short(state, f"slot.{slot}"))
-            listener.listen()
-            listeners.append(listener)
-        command = _qemu_command(spec, listeners)
+        *listeners, monitor = (
+            _listen(stack, state, name)
+            for name in (*(f"slot.{slot}" for slot in range(spec.slots)), "monitor")
+        )
+        command = _qemu_command(spec, listeners, monitor)
         if not keep:
             command = ["setpriv", "--pdeathsig", "KILL", *command]
         with (state / "qemu.log").open("wb") as log:
             process = subprocess.Popen(
                 command, cwd=state, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=[x.fileno() for x in listeners], start_new_session=True,
+                pass_fds=[x.fileno() for x in (*listeners, monitor)], start_new_session=True,
             )  # fmt: skip
     (state / "pid").write_text(f"{process.pid}\n")
     return process
+
+
+def _listen(stack: contextlib.ExitStack, state: Path, name: str) -> socket.socket:
+    listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+    listener.bind(_short(state, name))
+    listener.listen()
+    return listener
 
 
 def connect(state: Path, slot: int) -> socket.socket:
