@@ -322,6 +322,22 @@ async def test_a_worker_that_the_kernel_keeps_holds_nobody_up(
     assert held() == before
 
 
+async def test_a_worker_that_does_not_resume_its_guest_is_ended(
+    tiny_guest: Assemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "RESUME_LIMIT_S", 0.2)
+    before = held()
+    async with isolated(tiny_guest(SPIN)) as vm:
+        await vm.pause()
+        os.kill(worker_pid(vm), signal.SIGSTOP)
+        with pytest.raises(avmm.HostError, match=r"An answer to resume\(\) in 0.2 s"):
+            await vm.stop()
+        reason = await vm.wait()
+        assert reason.kind is avmm.ExitKind.ERROR
+        assert "An answer to resume()" in reason.detail
+    assert held() == before
+
+
 async def test_a_program_that_ends_in_the_middle_gives_all_back(tiny_guest: Assemble) -> None:
     """asyncio.run() cancels every task there is, those that read what a worker says included."""
     guest = tiny_guest(SPIN)

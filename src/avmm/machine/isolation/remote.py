@@ -45,6 +45,7 @@ from avmm.vsock.host import VsockHost
 log = logging.getLogger(__name__)
 
 GRACE_S = 10.0
+RESUME_LIMIT_S = 30.0
 """What a worker has for its end: giving back its memory and what is left of its consoles."""
 
 UID_BASE = 0x7000_0000
@@ -177,8 +178,17 @@ class RemoteMachine:
             raise
 
     async def resume(self, alive: Callable[[], bool]) -> None:
-        if alive() and self._gone is None:
-            await self._ask(say.Resume())
+        """Whatever holds the guest, nothing holds a worker that is still ours for so long."""
+        if not alive() or self._gone is not None:
+            return
+        try:
+            async with asyncio.timeout(RESUME_LIMIT_S):
+                await self._ask(say.Resume())
+        except TimeoutError:
+            op = f"An answer to resume() in {RESUME_LIMIT_S:g} s"
+            error = HostError("worker-protocol", op=op)
+            self._break(error)
+            raise error from None
 
     def press_power_button(self) -> None:
         self._line.say(say.PressPower())
