@@ -2,8 +2,8 @@
  *
  * A driver kicks because it has offered chains. Now and then a kick comes when they are taken
  * already; one that comes thousands of times a second is a guest's way to keep a loop busy. So
- * kicks in vain are paid for: a few a second are free, and each chain earns more. Who has none left is
- * not listened to for a moment, after which its rings are looked at whether it kicked or not. */
+ * kicks in vain are paid for: a few a second are free, and each chain earns more. Who has none left
+ * is not listened to for a moment, after which its rings are looked at whether it kicked or not. */
 #ifndef AV_KICKS_H
 #define AV_KICKS_H
 
@@ -27,8 +27,9 @@ uint64_t av_kicks_vain(struct av_kicks *kicks, uint64_t now_ns);
 /* cdef end */
 
 /* What is free of kicks in vain, by the second and at once; what a chain earns, since a driver
- * may kick again for what was taken meanwhile, whether we asked for kicks or not; how long the guest is not listened to: as long
- * as a disk takes, so that one who races more than we think hardly notices. */
+ * may kick again for what was taken meanwhile, whether we asked for kicks or not; how long the guest
+ * is not listened to: as long as a disk takes, so that one who races more than we think hardly
+ * notices. */
 #define AV_KICKS_A_SECOND 100u
 #define AV_KICKS_BURST 64u
 #define AV_KICKS_EARNED 2u

@@ -7,7 +7,6 @@
  *   from the client   S start: NUL-ended nonce, OUT folder, working folder, the number of
  *                     environment entries, those entries, then the command
  *                     I stdin bytes (none: end of file)     K a signal number (1 byte)
- *                     P nothing: the interrupt is what counts
  *   to the client     A the nonce: started    O, E stdout, stderr bytes
  *                     C u32: so many stdin bytes consumed   X u32: exit status
  * The client may have WINDOW stdin bytes not yet consumed, so that a signal never queues
@@ -293,8 +292,6 @@ static int from_client(struct session *s)
 
     if (type == 'K' && size == 1) {
         kill(s->pid, frame[0]);
-    } else if (type == 'P' && size == 0) {
-        return 0;
     } else if (type == 'I' && size == 0) {
         s->input_ended = 1;
     } else if (type == 'I' && size <= WINDOW - s->pending) {

@@ -29,9 +29,6 @@ from machine import TestbedError
 WINDOW = 256 * 1024  # as in agent.c
 KEPT_SLOTS = 4
 FAILED = 125
-# QEMU 7.2 now and then loses a timer's interrupt of an L1 with nested guests, which then sleeps for
-# ever; any other interrupt has it set its timer again.
-POKE_S = 1.0
 
 
 def say(text: str) -> None:
@@ -66,11 +63,8 @@ class Carrier:
         self._selector.register(self._wake, selectors.EVENT_READ, self._from_signal)
         self._watch_stdin()
         while self._status is None:
-            ready = self._selector.select(POKE_S)
-            for key, _ in ready:
+            for key, _ in self._selector.select():
                 key.data()
-            if not ready and self._nonce is None:
-                self._send(b"P")
         return self._status
 
     def _send(self, kind: bytes, payload: bytes = b"") -> None:

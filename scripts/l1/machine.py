@@ -33,9 +33,7 @@ def _share(tag: str, path: Path | str, *, readonly: bool) -> list[str]:
     return ["-virtfs", options + ",multidevs=remap"]  # without it file ids of two disks collide
 
 
-def _qemu_command(
-    spec: Spec, listeners: list[socket.socket], monitor: socket.socket
-) -> list[str]:
+def _qemu_command(spec: Spec, listeners: list[socket.socket], monitor: socket.socket) -> list[str]:
     kernel = spec.cache / "kernels/generic"
     cmdline = f"console=ttyS0 panic=-1 mitigations=off quiet avmm.slots={spec.slots}"
     command = [

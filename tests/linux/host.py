@@ -1,4 +1,4 @@
-"""The host's side of the linux layer: file systems, checksums, TCP."""
+"""The host's side of the linux layer: file systems, checksums, streams, TCP."""
 
 from __future__ import annotations
 
@@ -10,6 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from avmm.units import MIB
+
+
+async def answered(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes
+) -> bytes:
+    """What comes for `data` and its end."""
+
+    async def send() -> None:
+        for at in range(0, len(data), 100_000):
+            writer.write(data[at : at + 100_000])
+            await writer.drain()
+        writer.write_eof()
+
+    _, came = await asyncio.gather(send(), reader.read())
+    writer.close()
+    await writer.wait_closed()
+    return came
 
 
 def assert_clean(image: Path) -> None:

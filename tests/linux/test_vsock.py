@@ -13,6 +13,7 @@ import pytest
 from avmm import Vsock
 from avmm.units import MIB
 from linux.guest import Guests, emulated_cpu
+from linux.host import answered
 
 COUNT = 200
 BULK_BYTES = (12 if emulated_cpu() else 32) * MIB
@@ -41,23 +42,6 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.write_eof()
     await reader.read()
     writer.close()
-
-
-async def answered(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes
-) -> bytes:
-    """What comes for `data` and its end."""
-
-    async def send() -> None:
-        for at in range(0, len(data), 100_000):
-            writer.write(data[at : at + 100_000])
-            await writer.drain()
-        writer.write_eof()
-
-    _, came = await asyncio.gather(send(), reader.read())
-    writer.close()
-    await writer.wait_closed()
-    return came
 
 
 @anywhere
