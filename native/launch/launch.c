@@ -3,7 +3,8 @@
  *
  * It is given four descriptors: nothing to read or write (0), where it says how it went (1), the
  * worker's error output (2) and control socket (3). Whatever else it inherited is closed. What it
- * says is one line: `PID PRIVILEGED`, or `!OPERATION ERRNO`.
+ * says is one line: `PID USER`, the user that the worker has to become, or -1 for none, or
+ * `!OPERATION ERRNO`.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -19,6 +20,10 @@
 
 #define REPORT_FD 1
 #define FIRST_OTHER_FD 4
+
+/* A worker's user is this plus its process id: no other process of the host has it. */
+#define FIRST_USER 0x70000000ul
+#define PIDS_MAX (4ul << 20) /* the kernel's own limit, whatever pid_max is */
 
 static const int spaces =
     CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP;
@@ -38,7 +43,35 @@ static void write_file(const char *path, const char *text)
     close(fd);
 }
 
-/* Without privileges they come with a user namespace, whose only user is the one we are. */
+/* Whether the ids of all workers are there. They are not in most user namespaces, as of rootless
+ * containers: root of one of those may make namespaces, but cannot become such a user. */
+static int has_users(const char *map)
+{
+    unsigned long first, count;
+    int found = 0;
+    FILE *file = fopen(map, "re");
+
+    if (!file)
+        return 1; /* a kernel without user namespaces */
+    while (!found && fscanf(file, "%lu %*u %lu", &first, &count) == 2)
+        found = first <= FIRST_USER && FIRST_USER + PIDS_MAX <= first + count;
+    fclose(file);
+    return found;
+}
+
+/* Whether it may. */
+static int enter_as_root(void)
+{
+    if (!has_users("/proc/self/uid_map") || !has_users("/proc/self/gid_map"))
+        return 0;
+    if (unshare(spaces) == 0)
+        return 1;
+    if (errno != EPERM)
+        fail("unshare");
+    return 0;
+}
+
+/* They come with a user namespace, whose only user is the one we are. */
 static void enter_as_user(void)
 {
     unsigned uid = getuid(), gid = getgid();
@@ -66,7 +99,7 @@ static void become_worker(char **argv)
 
 int main(int argc, char **argv)
 {
-    int privileged = 1;
+    int root;
     long pid;
 
     if (argc < 2) {
@@ -75,18 +108,15 @@ int main(int argc, char **argv)
     }
     if (syscall(SYS_close_range, FIRST_OTHER_FD, ~0u, 0) < 0)
         fail("close_range");
-    if (unshare(spaces) < 0) {
-        if (errno != EPERM)
-            fail("unshare");
-        privileged = 0;
+    root = enter_as_root();
+    if (!root)
         enter_as_user();
-    }
     /* Not a child of ours, which would need somebody to wait for it, but a sibling. */
     pid = syscall(SYS_clone, CLONE_PARENT | SIGCHLD, NULL, NULL, NULL, 0);
     if (pid < 0)
         fail("clone");
     if (pid == 0)
         become_worker(argv + 1);
-    dprintf(REPORT_FD, "%ld %d\n", pid, privileged);
+    dprintf(REPORT_FD, "%ld %ld\n", pid, root ? (long)FIRST_USER + pid : -1l);
     return 0;
 }

@@ -67,6 +67,18 @@ def test_the_command_isolates_a_guest(tiny_guest: Assemble, tmp_path: Path) -> N
     assert b"ports: not with isolation by process" in refused.stderr
 
 
+def test_root_of_a_user_namespace_isolates_a_guest(tiny_guest: Assemble) -> None:
+    """As in a rootless container: it may make namespaces, but there are no users beside it."""
+    inside = ["unshare", "--user", "--map-root-user"]
+    if subprocess.run([*inside, "test", "-w", "/dev/kvm"]).returncode != 0:
+        pytest.skip("no user namespaces, or /dev/kvm is not for the root of one")
+    guest = tiny_guest("putc 'y'\npoweroff")
+    options = ["--kernel", str(guest), "--memory", "4M", "--isolate"]
+    command = [*inside, sys.executable, "-m", "avmm", "run", *options]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "y", "")
+
+
 def test_a_nic_is_on_a_tap_that_the_program_opened(tiny_guest: Assemble) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "fakes.isolated_nic", str(tiny_guest(RECEIVER))],

@@ -35,7 +35,7 @@ storage of a disk."""
 ENTRY = "from avmm.machine.isolation.worker import main; main()"
 
 _REMEDY = (
-    "without root the kernel has to allow user namespaces: see "
+    "without the host's root the kernel has to allow user namespaces: see "
     "kernel.apparmor_restrict_unprivileged_userns, kernel.unprivileged_userns_clone and "
     "user.max_user_namespaces"
 )
@@ -58,15 +58,15 @@ class ExitStatus:
 
 
 class WorkerProcess:
-    """A child of this process. Loop. control: our end of its socket. privileged: whether it may
-    change its user."""
+    """A child of this process. Loop. control: our end of its socket. uid: the user that it has to
+    become; None where a user namespace is its own."""
 
     def __init__(
-        self, pid: int, pidfd: int, control: socket.socket, errors: int, *, privileged: bool
+        self, pid: int, pidfd: int, control: socket.socket, errors: int, *, uid: int | None
     ) -> None:
         self.pid = pid
         self.control = control
-        self.privileged = privileged
+        self.uid = uid
         self._pidfd = pidfd
         self._errors = errors
         self._loop = asyncio.get_running_loop()
@@ -143,7 +143,7 @@ async def launch() -> WorkerProcess:
             raise HostError("worker", op="Starting a worker", errno=e.errno) from e
         line = await _read_line(report)
         _wait_for(launcher)
-        pid, privileged = _parsed(line)
+        pid, uid = _parsed(line)
         try:
             pidfd = os.pidfd_open(pid)
         except OSError as e:
@@ -151,7 +151,7 @@ async def launch() -> WorkerProcess:
             _wait_for(pid)
             raise HostError("worker", op="pidfd_open", errno=e.errno) from e
         control.setblocking(False)
-        worker = WorkerProcess(pid, pidfd, control, errors, privileged=privileged)
+        worker = WorkerProcess(pid, pidfd, control, errors, uid=uid)
         ours.pop_all()
         return worker
 
@@ -199,10 +199,10 @@ async def _read_line(fd: int) -> bytes:
     return bytes(text)
 
 
-def _parsed(line: bytes) -> tuple[int, bool]:
+def _parsed(line: bytes) -> tuple[int, int | None]:
     first, _, second = line.decode().strip().partition(" ")
     if first.isdecimal():
-        return int(first), second == "1"
+        return int(first), int(second) if second.isdecimal() else None
     code = int(second) if second.isdecimal() else errno.EIO
     raise HostError("isolation", op=first.lstrip("!") or "Launching", errno=code, remedy=_REMEDY)
 

@@ -48,9 +48,6 @@ GRACE_S = 10.0
 RESUME_LIMIT_S = 30.0
 """What a worker has for its end: giving back its memory and what is left of its consoles."""
 
-UID_BASE = 0x7000_0000
-"""A worker's user is this plus its process id: no other process of the host has it."""
-
 _LOCKED_EXTRA_BYTES = 64 * MIB
 
 
@@ -119,7 +116,7 @@ class RemoteMachine:
             taps=[say.HandedTap(tap.name, len(tap.fds), tap.mtu, tap.uso) for tap in taps],
             consoles=names,
             vsock=vsock is not None,
-            uid=UID_BASE + self.process.pid if self.process.privileged else None,
+            uid=self.process.uid,
             locked_bytes=self._config.memory_bytes + _LOCKED_EXTRA_BYTES,
             log_level=logging.getLogger("avmm").getEffectiveLevel(),
         )
