@@ -59,7 +59,10 @@ class VhostUserServer:
     unless there are none. require_seals: refuse guest memory whose file could shrink, which would
     end this process.
 
-    Entering raises ConfigError and HostError, and then nothing is left behind.
+    Entering raises ConfigError and HostError, and then nothing is left behind. Leaving raises
+    HostError("disk-hangs") when the disk's storage does not answer within 30 s: all else is given
+    back then, the front-end's memory and the disk's lock when it does. A front-end that goes, or
+    stops a ring, waits for the storage without a bound, and so does the next one; nobody else does.
     """
 
     def __init__(
@@ -146,7 +149,7 @@ class VhostUserServer:
         self._stack.callback(listener.close)
         log.info("%s: listening at %s", self.id, self.socket_path)
         task = loop.create_task(self._serve(listener))
-        self._stack.push_async_callback(_cancel, task)
+        self._stack.push_async_callback(self._stop, task)
 
     async def _serve(self, listener: Listener) -> None:
         try:
@@ -186,6 +189,14 @@ class VhostUserServer:
             self._transport = None
             channel.close()
 
+    async def _stop(self, serving: asyncio.Task[None]) -> None:
+        """A front-end is let go of when its requests are done, or given up by the device's end."""
+        serving.cancel()
+        try:
+            await self._device.end()
+        finally:
+            await asyncio.wait([serving])
+
     def _config_event(self, config_fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(config_fd)
@@ -201,8 +212,3 @@ class VhostUserServer:
             error = bug
         self._ended.set_exception(error)
         self._ended.exception()  # seen: nobody need be waiting
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])

@@ -19,7 +19,7 @@ from avmm.native import CData, ffi, lib
 from avmm.units import MIB, SECTOR_BYTES
 from avmm.virtio import features
 from avmm.virtio.device import VirtioDevice
-from avmm.virtio.devices.blk_late import wait_late
+from avmm.virtio.devices.blk_late import Held, hold, wait_late
 from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import Home, HomeChoice
 from avmm.virtio.limit import Limiter, RateLimit, attach
@@ -138,6 +138,7 @@ class BlkDevice(VirtioDevice):
             if disk.discards:
                 offered |= features.BLK_DISCARD
         self._hung: list[CData] = []
+        self._held: Held = ()
         context.stack.callback(self._wait_late)
         super().__init__(BLK, context, offered=offered, queue_sizes=(config.queue_size,) * queues)
         self.disk = disk
@@ -167,8 +168,10 @@ class BlkDevice(VirtioDevice):
                 self._pin(native)
 
     def on_queue_stop(self, index: int) -> None:
-        """Its memory may go now."""
-        lib.av_blk_unpin(self._natives[index])
+        """Its memory may go now, unless storage that hangs has it: for that, io_uring waited in
+        kernels before 6.13."""
+        if self._natives[index] not in self._hung:
+            lib.av_blk_unpin(self._natives[index])
 
     def on_reset(self) -> None:
         """The cache is in write-back mode again."""
@@ -193,19 +196,22 @@ class BlkDevice(VirtioDevice):
         try:
             async with asyncio.timeout(HANG_S):
                 await super().end()
+            return
         except TimeoutError:
             self._hung = [native for native in self._natives if lib.av_blk_abandon(native)]
-            for lane in self._lanes:
-                lane.abandoned()
-            await super().end()
-            error = HostError(
-                "disk-hangs",
-                op=self._op,
-                remedy=f"it did not end within {HANG_S:g} s; the guest's memory and the disk's "
-                "lock are given back when it does",
-            )
-            log.error("%s: %s", self.context.id, error)
-            raise error from None
+        if self._hung:
+            self._held = hold(self.context.memory)
+        for lane in self._lanes:
+            lane.abandoned()
+        await super().end()
+        error = HostError(
+            "disk-hangs",
+            op=self._op,
+            remedy=f"it did not end within {HANG_S:g} s; the guest's memory and the disk's "
+            "lock are given back when it does",
+        )
+        log.error("%s: %s", self.context.id, error)
+        raise error
 
     def resize(self) -> int:
         """Take over the image's present size and tell the driver; the size in bytes.
@@ -297,7 +303,7 @@ class BlkDevice(VirtioDevice):
         """The device is gone; what it could not give back is left to a thread."""
         if self._hung:
             assert isinstance(self.disk, RawDisk)
-            wait_late(self._hung, self.disk.handed_on(), self.context.memory)
+            wait_late(self._hung, self.disk.handed_on(), self._held)
 
 
 _COUNTERS = (

@@ -20,10 +20,17 @@ from avmm.native import CData, lib
 log = logging.getLogger(__name__)
 
 
-def wait_late(natives: Sequence[CData], disk: RawDisk, memory: GuestMemory) -> None:
+Held = Sequence[tuple[Region, memoryview]]
+
+
+def hold(memory: GuestMemory) -> Held:
+    """Keep the memory mapped, whoever closes it, for wait_late()."""
+    return [(region, memoryview(region.map)) for region in memory.regions]
+
+
+def wait_late(natives: Sequence[CData], disk: RawDisk, held: Held) -> None:
     """Give back these native disks, the disk and the guest's memory when nothing is in flight any
     more, on a thread that no end of a program waits for. Takes all of them over."""
-    held = [(region, memoryview(region.map)) for region in memory.regions]
     thread = threading.Thread(
         target=_wait, args=(natives, disk, held), name="avmm-late", daemon=True
     )
@@ -35,9 +42,7 @@ def wait_late(natives: Sequence[CData], disk: RawDisk, memory: GuestMemory) -> N
         ctypes.pythonapi.Py_IncRef(ctypes.py_object((natives, disk, held)))
 
 
-def _wait(
-    natives: Sequence[CData], disk: RawDisk, held: Sequence[tuple[Region, memoryview]]
-) -> None:
+def _wait(natives: Sequence[CData], disk: RawDisk, held: Held) -> None:
     for native in natives:
         lib.av_blk_wait(native)
         lib.av_blk_destroy(native)

@@ -1,0 +1,32 @@
+"""A served disk whose storage does not answer: front-ends wait, and a stop has its bound."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fakes.hanging_fs import enter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "io_threads"), [("io_uring", 0), ("io_uring", 1), ("threads", 1)]
+)
+def test_a_server_on_a_file_system_that_hangs(tmp_path: Path, engine: str, io_threads: int) -> None:
+    """In namespaces of its own, served by a program of ours."""
+    folder = tmp_path / "mount"
+    folder.mkdir()
+    ended = subprocess.run(
+        [*enter(), sys.executable, "-m", "fakes.hanging_server", folder, engine, str(io_threads)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    if "disk-engine" in ended.stderr:
+        pytest.skip("no io_uring here")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout == "done\n"
