@@ -110,7 +110,7 @@ class LoopBridge:
         self._closed = False
         self._posted = 0
         self._waiting: set[concurrent.futures.Future[None]] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
 
     @property
     def behind(self) -> bool:
@@ -175,6 +175,8 @@ class LoopBridge:
         action: Callable[[], Awaitable[None] | None],
         done: concurrent.futures.Future[None],
     ) -> None:
+        if self._closed:  # nobody waits for it any more, and close() has ended what ran
+            return
         with self._charged():
             try:
                 result = action()
@@ -184,20 +186,18 @@ class LoopBridge:
         if not inspect.isawaitable(result):
             _release(done)
             return
-        task = self.loop.create_task(self._finish(result, done))
+        # Not a coroutine of ours around it: one that is cancelled before it began awaits nothing.
+        task = asyncio.ensure_future(result, loop=self.loop)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(functools.partial(self._finish, done))
 
-    async def _finish(
-        self, awaitable: Awaitable[None], done: concurrent.futures.Future[None]
-    ) -> None:
-        try:
-            await awaitable
-        except Exception as e:
-            self._on_error(e)
-        finally:
-            with self._charged():
-                _release(done)
+    def _finish(self, done: concurrent.futures.Future[None], task: asyncio.Future[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._on_error(error)
+        with self._charged():
+            _release(done)
 
 
 def _release(done: concurrent.futures.Future[None]) -> None:

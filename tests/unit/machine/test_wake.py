@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+
+import pytest
 
 from avmm.bus.bus import Bus
 from avmm.bus.region import Post
@@ -207,6 +210,43 @@ async def test_closing_the_bridge_releases_a_waiting_thread() -> None:
     await asyncio.to_thread(thread.join)
     assert outcome == ["closed", "refused"]
     assert cancelled.is_set()
+
+
+async def test_an_action_that_had_not_begun_when_the_bridge_closed_is_never_missed() -> None:
+    loop = asyncio.get_running_loop()
+    errors: list[BaseException] = []
+    bridge = LoopBridge(loop, errors.append)
+    closing: list[asyncio.Task[None]] = []
+    begun = False
+
+    async def action() -> None:
+        nonlocal begun
+        begun = True
+
+    def close_before_it_begins() -> Awaitable[None]:
+        closing.append(loop.create_task(bridge.close()))
+        return action()
+
+    with pytest.raises(LoopClosed):
+        await asyncio.to_thread(bridge.call_and_wait, close_before_it_begins)
+    await closing[0]
+    gc.collect()  # would warn of a coroutine that nobody awaited
+    assert (begun, errors) == (False, [])
+
+
+async def test_a_call_on_its_way_to_the_loop_when_the_bridge_closes_is_not_performed() -> None:
+    bridge = LoopBridge(asyncio.get_running_loop(), pytest.fail)
+    performed: list[str] = []
+    caller = asyncio.create_task(
+        asyncio.to_thread(bridge.call_and_wait, lambda: performed.append("late"))
+    )
+    await asyncio.sleep(0)  # the thread is started
+    hold_the_loop_until(lambda: bool(bridge._waiting))
+    await bridge.close()
+    with pytest.raises(LoopClosed):
+        await caller
+    await asyncio.sleep(0)
+    assert performed == []
 
 
 async def test_an_action_that_raises_is_reported_and_its_caller_released() -> None:
