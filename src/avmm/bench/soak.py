@@ -17,12 +17,13 @@ import random
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from avmm.bench.attacker import MEMORY_BYTES, PROGRAM, check_program, command_line
 from avmm.bench.guest.soak import MEMORY_GROWTH_MAX_KIB, Held, held
@@ -37,6 +38,9 @@ from avmm.units import KIB
 from avmm.virtio.devices.blk import Disk
 from avmm.virtio.devices.blk_source import AsyncDisk
 from avmm.virtio.devices.nic import Nic
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs  # there for type checkers only
 
 ATTACKS = ("rings", "requests", "setup", "races", "races", "triple-fault", "nowhere")
 STORMS = (
@@ -306,6 +310,27 @@ def _judge(result: Soak) -> None:
             result.problems.append(f"{name} grew: {counts}")
 
 
+class _Complaints(logging.Handler):
+    """What a process that is well never says: errors, warnings of the interpreter's."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR or record.name == "py.warnings":  # not guests' faults
+            self._take(self.format(record))
+
+    def unraisable(self, event: UnraisableHookArgs) -> None:
+        """An exception that nothing could be told of, as from a callback out of C."""
+        where = event.err_msg or "Exception ignored in"
+        self._take(f"{where} {event.object!r}: {event.exc_value!r}")
+
+    def _take(self, text: str) -> None:
+        self.texts.append(text)
+        print(f"soak: {text}", file=sys.stderr, flush=True)
+
+
 def main() -> int:
     """Say what happens on stderr; 0 when all is well."""
     parser = argparse.ArgumentParser(prog="scripts/soak --ground kvm")
@@ -318,7 +343,11 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"soak: {text}", file=sys.stderr, flush=True)
 
-    logging.basicConfig(level=logging.ERROR)  # not each of the guests' faults
+    complaints = _Complaints()
+    logging.getLogger().addHandler(complaints)
+    logging.captureWarnings(True)
+    sys.unraisablehook = complaints.unraisable
+    warnings.simplefilter("always", ResourceWarning)
     try:
         with tempfile.TemporaryDirectory(prefix="avmm-soak.") as folder:
             result = run(
@@ -339,10 +368,11 @@ def main() -> int:
         f"{result.pauses} pauses; {result.requests} requests beside them; "
         f"the loop was {result.slowest_turn_s * 1000:.0f} ms late at worst"
     )
-    for problem in result.problems:
+    problems = [*result.problems, *complaints.texts]
+    for problem in problems:
         say(f"PROBLEM: {problem}")
-    say("all is well" if not result.problems else f"{len(result.problems)} problems")
-    return 1 if result.problems else 0
+    say("all is well" if not problems else f"{len(problems)} problems")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":
