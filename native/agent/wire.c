@@ -58,7 +58,7 @@ void av_wire_send(enum av_type type, const void *payload, size_t size)
         if (n < 0)
             leave();
         left -= (size_t)n;
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < 2 && n > 0; i++) { /* what is empty has no address to move on */
             size_t part = (size_t)n < parts[i].iov_len ? (size_t)n : parts[i].iov_len;
             parts[i].iov_base = (char *)parts[i].iov_base + part;
             parts[i].iov_len -= part;

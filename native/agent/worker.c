@@ -47,27 +47,33 @@ static void shut_down(const unsigned char *payload, size_t size)
     av_power_off(reboot);
 }
 
-static void serve_file(int fd, uint8_t type, const unsigned char *payload, size_t size)
+/* One request for a file, its answers included. */
+static void perform(uint8_t type, const unsigned char *payload, size_t size)
 {
     struct av_file file;
     const char *other, *path = parse(&file, payload, size, type == AV_RENAME, &other);
-    int root, result;
 
     if (!path)
         _exit(1);
     memcpy(&file, payload, sizeof file);
-    root = av_root_open();
-    result = root < -1 ? root : av_root_enter(root);
-    /* A copy of another connection would keep it open when the agent closes it. */
-    close_others((unsigned)fd);
-    if (result < 0)
-        av_wire_fail(-result, "root");
     if (type == AV_READ)
         av_transfer_read(&file, path);
     else if (type == AV_WRITE)
         av_transfer_write(&file, path);
     else
         av_files_serve(type, &file, path, other);
+}
+
+static void serve_file(int fd, uint8_t type, const unsigned char *payload, size_t size)
+{
+    int root = av_root_open(), result;
+
+    result = root < -1 ? root : av_root_enter(root);
+    /* A copy of another connection would keep it open when the agent closes it. */
+    close_others((unsigned)fd);
+    if (result < 0)
+        av_wire_fail(-result, "root");
+    perform(type, payload, size);
 }
 
 static void end_with(pid_t agent)
