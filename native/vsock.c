@@ -134,6 +134,9 @@ static void on_event(struct av_vsock *vsock, struct av_vsock_connection *connect
     if (connection->hung_up &&
         (connection->has_eof || (connection->guest_shut & AV_VSOCK_SHUT_RECEIVE)))
         av_vsock_shut(vsock, connection, AV_VSOCK_SHUT_BOTH);
+    /* And what it left is not waited with for ever. */
+    if (connection->hung_up && connection->state == AV_VSOCK_OPEN && connection->deadline_ns == 0)
+        av_vsock_wait(vsock, connection, vsock->setup.close_ns);
     av_vsock_wake(vsock, connection);
     if (connection->held != 0 && (events & (EPOLLOUT | EPOLLHUP | EPOLLERR)))
         av_vsock_drain(vsock, connection);
@@ -367,7 +370,10 @@ uint32_t av_vsock_expire(struct av_vsock *vsock)
         struct av_vsock_connection *connection = av_vsock_of_all(at);
 
         next = at->next;
-        if (av_vsock_is_late(connection, now_ns))
+        if (!vsock->lane.taking && connection->deadline_ns != 0 &&
+            connection->state != AV_VSOCK_ASKED)
+            av_vsock_wait(vsock, connection, vsock->setup.close_ns);
+        else if (av_vsock_is_late(connection, now_ns))
             av_vsock_kill(vsock, connection);
     }
     waiting = vsock->waiting;
@@ -385,8 +391,11 @@ void av_vsock_reset(struct av_vsock *vsock)
         struct av_vsock_connection *connection = av_vsock_of_all(at);
 
         next = at->next;
-        if (connection->state != AV_VSOCK_PYTHONS && connection->state != AV_VSOCK_DRAINING &&
-            !(connection->state == AV_VSOCK_ASKED && (connection->due & AV_VSOCK_DUE_REQUEST)))
+        if (connection->state == AV_VSOCK_DEAD)
+            av_vsock_bury(vsock, connection);
+        else if (connection->state != AV_VSOCK_PYTHONS && connection->state != AV_VSOCK_DRAINING &&
+                 !(connection->state == AV_VSOCK_ASKED &&
+                   (connection->due & AV_VSOCK_DUE_REQUEST)))
             av_vsock_free(vsock, connection);
     }
     vsock->inbox->count = vsock->inbox->bytes = 0;

@@ -2,7 +2,10 @@
  *
  * A connection between a program of the guest and a unix socket is spliced: payloads go from guest
  * memory to the socket and back, and nobody but the lane hears of them. All other packets are left
- * in an inbox for Python, which puts its own into the receive ring. */
+ * in an inbox for Python, which puts its own into the receive ring.
+ *
+ * A connection lasts as long as its program has something to read or the guest something to take. A
+ * program may be as slow as it likes; a guest may not, once the program has gone. */
 #ifndef AV_VSOCK_H
 #define AV_VSOCK_H
 
@@ -17,13 +20,16 @@
 /* path: guests' programs that connect to a port P reach the unix socket path_P, where Python does
  * not serve it; NULL: only Python. announces: news are told by AV_LANE_NEWS, as a home with a
  * thread needs it; else Python looks after each turn. ask_ns, close_ns: how long the guest may take
- * to answer, and to close its end or take anything after a program closed. */
+ * to answer, and to close its end or take anything after a program closed; at rest nothing is
+ * expected of it. unread_max: connections that the guest has closed and whose programs have not read
+ * all; at one more, it is reset, and the program has what is in its socket by then. */
 struct av_vsock_setup {
     uint64_t cid;
     const char *path;
     uint64_t ask_ns;
     uint64_t close_ns;
     uint32_t connections_max;
+    uint32_t unread_max;
     uint32_t announces;
 };
 

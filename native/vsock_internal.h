@@ -95,6 +95,7 @@ struct av_vsock_connection {
     bool hung_up;     /* nobody is at its other end */
     bool deaf;        /* and it takes no more */
     bool wants_write; /* an event is to tell when it takes more */
+    bool unread;      /* the guest has closed, and the program has not read all */
     /* Both directions' counters of bytes, modulo 2^32 (5.10.6.3). Of the guest's nothing is
      * believed. */
     uint32_t received, forwarded, told;
@@ -124,6 +125,7 @@ struct av_vsock {
     struct av_vsock_link all, ready;
     uint32_t connections; /* Python's, and spliced ones, to the end of their sockets */
     uint32_t waiting;     /* have a deadline */
+    uint32_t unread;
     uint32_t *served;     /* Python's ports */
     uint32_t served_count, served_room;
     uint32_t next_port;
@@ -186,6 +188,8 @@ void av_vsock_wait(struct av_vsock *vsock, struct av_vsock_connection *connectio
                    uint64_t limit_ns);
 /* Something about it changed: it is in the list of those with something to send if it is so. */
 void av_vsock_wake(struct av_vsock *vsock, struct av_vsock_connection *connection);
+/* The guest knows of it no more, but its program may still have something to read. It may be gone. */
+void av_vsock_bury(struct av_vsock *vsock, struct av_vsock_connection *connection);
 /* End it now: the guest gets a reset. */
 void av_vsock_kill(struct av_vsock *vsock, struct av_vsock_connection *connection);
 /* Take no more of the guest's, or send it no more; both: it is over. */

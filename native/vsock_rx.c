@@ -191,18 +191,11 @@ static int64_t move(struct av_vsock *vsock, struct av_vsock_connection *connecti
         connection->readable = false;
     vsock->rx_urgent = vsock->python_first = true;
     connection->sent += (uint32_t)got;
+    if (connection->deadline_ns != 0)
+        av_vsock_wait(vsock, connection, vsock->setup.close_ns); /* it takes what is left */
     vsock->stats.tx_bytes += (uint64_t)got;
     told(connection);
     return got;
-}
-
-/* The reset went: nothing names it any more, but a program may still have something to read. */
-static void bury(struct av_vsock *vsock, struct av_vsock_connection *connection)
-{
-    av_vsock_unname(vsock, connection);
-    connection->state = AV_VSOCK_DRAINING;
-    if (connection->held == 0)
-        av_vsock_free(vsock, connection);
 }
 
 /* Send what is due of it. How many bytes, -EAGAIN no room, or -EPROTO. It may be gone then, unless
@@ -223,7 +216,7 @@ static int64_t serve(struct av_vsock *vsock, struct av_vsock_connection *connect
         result = put(vsock, connection, AV_VSOCK_DUE_RST, AV_VSOCK_OP_RST);
         if (result < 0)
             return result;
-        bury(vsock, connection);
+        av_vsock_bury(vsock, connection);
         return 0;
     }
     for (uint32_t i = 0; i < 2; i++)

@@ -85,6 +85,8 @@ void av_vsock_close(struct av_vsock *vsock, struct av_vsock_connection *connecti
     }
     connection->fd = -1;
     connection->readable = false;
+    vsock->unread -= connection->unread;
+    connection->unread = false;
     free(connection->buffer);
     connection->buffer = NULL;
     connection->held = connection->held_at = connection->buffer_bytes = 0;
@@ -119,6 +121,16 @@ void av_vsock_wake(struct av_vsock *vsock, struct av_vsock_connection *connectio
     if (!av_vsock_is_linked(&connection->ready) &&
         (connection->due != 0 || av_vsock_can_read(connection)))
         av_vsock_link_after(vsock->ready.prev, &connection->ready);
+}
+
+void av_vsock_bury(struct av_vsock *vsock, struct av_vsock_connection *connection)
+{
+    av_vsock_unname(vsock, connection);
+    av_vsock_unlink(&connection->ready);
+    connection->state = AV_VSOCK_DRAINING;
+    connection->due = 0;
+    if (connection->held == 0)
+        av_vsock_free(vsock, connection);
 }
 
 void av_vsock_kill(struct av_vsock *vsock, struct av_vsock_connection *connection)

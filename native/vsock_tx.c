@@ -222,6 +222,12 @@ static void on_shutdown(struct av_vsock *vsock, struct av_vsock_connection *conn
         if (connection->held == 0) {
             av_vsock_tell_fate(connection, AV_VSOCK_ENDED | AV_VSOCK_CLOSED);
             av_vsock_close(vsock, connection);
+        } else if (vsock->unread == vsock->setup.unread_max) {
+            av_vsock_kill(vsock, connection);
+            return;
+        } else {
+            connection->unread = true;
+            vsock->unread++;
         }
         av_vsock_wait(vsock, connection, 0);
         connection->state = AV_VSOCK_DEAD;
@@ -252,6 +258,10 @@ static void on_response(struct av_vsock *vsock, struct av_vsock_connection *conn
 
 static void on_reset(struct av_vsock *vsock, struct av_vsock_connection *connection)
 {
+    if (connection->state == AV_VSOCK_DEAD) {
+        av_vsock_bury(vsock, connection); /* it did not wait for ours */
+        return;
+    }
     if (connection->state == AV_VSOCK_ASKED) {
         vsock->stats.refused++;
         av_vsock_tell_fate(connection, AV_VSOCK_REFUSED);

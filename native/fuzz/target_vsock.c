@@ -14,6 +14,7 @@
 #define DATA_BYTES 320u /* two of them, next to one another */
 #define PROGRAMS_MAX 6u
 #define CONNECTIONS_MAX 5u
+#define UNREAD_MAX 2u
 #define LIMIT_NS 1000000000u
 #define FATES 8u /* more than there may be of connections */
 
@@ -86,7 +87,7 @@ static void check_ring(const struct fuzz_queue *queue, uint64_t lost)
 static void check(const struct device *device)
 {
     const struct av_vsock *vsock = device->vsock;
-    uint32_t count = 0, waiting = 0;
+    uint32_t count = 0, waiting = 0, unread = 0;
 
     check_ring(&device->rx, device->rx_lost);
     check_ring(&device->tx, device->tx_lost);
@@ -95,6 +96,9 @@ static void check(const struct device *device)
 
         count++;
         waiting += c->deadline_ns != 0;
+        unread += c->unread;
+        CHECK(c->unread == (c->held != 0 && c->state != AV_VSOCK_OPEN));
+        CHECK(!c->hung_up || c->state != AV_VSOCK_OPEN || c->deadline_ns != 0);
         CHECK(c->held <= c->buffer_bytes && c->buffer_bytes <= AV_VSOCK_BUFFER_BYTES);
         CHECK(c->held_at + c->held <= c->buffer_bytes);
         CHECK(c->received - c->forwarded <= AV_VSOCK_BUFFER_BYTES);
@@ -108,6 +112,7 @@ static void check(const struct device *device)
     }
     CHECK(count == vsock->connections && count <= CONNECTIONS_MAX);
     CHECK(waiting == vsock->waiting);
+    CHECK(unread == vsock->unread && unread <= UNREAD_MAX);
     CHECK(vsock->inbox->count <= AV_VSOCK_INBOX_PACKETS);
     CHECK(vsock->inbox->bytes <= AV_VSOCK_BUFFER_BYTES);
 }
@@ -331,7 +336,8 @@ static void create(struct device *device, struct fuzz_input *in)
                                           .path = "/v",
                                           .ask_ns = LIMIT_NS,
                                           .close_ns = LIMIT_NS,
-                                          .connections_max = CONNECTIONS_MAX };
+                                          .connections_max = CONNECTIONS_MAX,
+                                          .unread_max = UNREAD_MAX };
     uint8_t bits = fuzz_u8(in);
     int error;
 

@@ -112,6 +112,11 @@ class VsockGuest:
             self._slots.append(self._sending.pop(head))
         return len(self._slots)
 
+    @property
+    def unheard(self) -> int:
+        """How many packets the device has not taken."""
+        return _TX_SLOTS - self.free_slots
+
     def has_packet(self) -> bool:
         """Whether packet() has one at once."""
         self._take(self.rig.driver.queues[RX].take_used())

@@ -16,6 +16,9 @@ from avmm.vsock.table import CLOSE_LIMIT_S, CONNECTIONS_MAX, too_many
 
 ASK_LIMIT_S = 10.0
 """How long the guest may take to answer a program's CONNECT."""
+UNREAD_MAX = 256
+"""Connections that the guest has closed and whose programs have not read all of: up to 256 KiB of
+ours each."""
 _LOOKS_A_LIMIT: Final = 8
 
 
@@ -41,7 +44,7 @@ class Splice:
         setup, error = ffi.new("struct av_vsock_setup *"), ffi.new("int *")
         setup.cid, setup.path, setup.announces = cid, name, announces
         setup.ask_ns, setup.close_ns = int(ASK_LIMIT_S * 1e9), int(CLOSE_LIMIT_S * 1e9)
-        setup.connections_max = CONNECTIONS_MAX
+        setup.connections_max, setup.unread_max = CONNECTIONS_MAX, UNREAD_MAX
         self._native: CData = lib.av_vsock_create(home, rx, tx, setup, error)
         if not self._native:
             raise HostError("memory", op="vsock", errno=error[0])
@@ -92,8 +95,12 @@ class Splice:
     def _look(self) -> None:
         """End what has waited too long."""
         self._timer = None
-        if lib.av_vsock_expire(self._native):
+        if self.expire():
             self._watch_time()
+
+    def expire(self) -> int:
+        """See av_vsock_expire()."""
+        return int(lib.av_vsock_expire(self._native))
 
     # --- what goes to the guest
 

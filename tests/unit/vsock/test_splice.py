@@ -271,39 +271,113 @@ async def test_a_guest_that_receives_no_more_breaks_the_programs_pipe(
             program.send(b"y")
 
 
+async def left_unread(guest: VsockGuest, guest_port: int = 7) -> bytes:
+    """What the guest has sent before it closed, more than a socket takes."""
+    pieces = BUFFER_BYTES // len(PIECE)
+    for _ in range(pieces):
+        guest.send(Op.RW, PORT, guest_port, PIECE)
+        while not guest.free_slots:
+            await settle()
+    guest.send(Op.SHUTDOWN, PORT, guest_port, flags=SHUTDOWN_BOTH)
+    return PIECE * pieces
+
+
+async def until_reset(guest: VsockGuest) -> None:
+    while (await guest.packet())[0].op != Op.RST:
+        pass
+
+
 async def test_what_came_before_the_guest_closed_waits_for_the_program(
     tmp_path: Path, io_threads: int
 ) -> None:
     async with guest_at(tmp_path, io_threads) as guest, joined(guest, tmp_path) as program:
-        pieces = BUFFER_BYTES // len(PIECE)
-        for _ in range(pieces):
-            guest.send(Op.RW, PORT, 7, PIECE)
-            while not guest.free_slots:
-                await settle()
-        guest.send(Op.SHUTDOWN, PORT, 7, flags=SHUTDOWN_BOTH)
-        while (await guest.packet())[0].op != Op.RST:
-            pass
-        assert await read(program, BUFFER_BYTES) == PIECE * pieces
+        sent = await left_unread(guest)
+        await until_reset(guest)
+        assert await read(program, BUFFER_BYTES) == sent
         assert await asyncio.get_running_loop().sock_recv(program, 1) == b""
         await ended(guest)
 
 
-async def test_a_program_comes_to_the_end_though_the_guest_takes_no_reset(
-    tmp_path: Path, io_threads: int
+@pytest.mark.parametrize("end", ["takes no reset", "resets", "begins anew"])
+async def test_a_program_comes_to_the_end_though_the_guest_does_not_wait(
+    tmp_path: Path, io_threads: int, end: str
 ) -> None:
     async with (
         guest_at(tmp_path, io_threads, buffers=1) as guest,
         joined(guest, tmp_path) as program,
     ):
         program.send(b"fills the ring")
-        pieces = BUFFER_BYTES // len(PIECE)
-        for _ in range(pieces):
-            guest.send(Op.RW, PORT, 7, PIECE)
-            while not guest.free_slots:
+        sent = await left_unread(guest)
+        if end == "resets":
+            guest.send(Op.RST, PORT, 7)
+        elif end == "begins anew":
+            while guest.unheard:
                 await settle()
-        guest.send(Op.SHUTDOWN, PORT, 7, flags=SHUTDOWN_BOTH)
-        assert await read(program, BUFFER_BYTES) == PIECE * pieces
+            await guest.restart()
+        assert await read(program, BUFFER_BYTES) == sent
         assert await asyncio.get_running_loop().sock_recv(program, 1) == b""
+        if end != "takes no reset":
+            await ended(guest)
+
+
+async def test_few_closed_connections_wait_for_their_programs(
+    tmp_path: Path, io_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(splice, "UNREAD_MAX", 1)
+    async with guest_at(tmp_path, io_threads) as guest, joined(guest, tmp_path, 7) as first:
+        async with joined(guest, tmp_path, 8) as second:
+            sent = await left_unread(guest, 7)
+            await until_reset(guest)
+            await left_unread(guest, 8)
+            await until_reset(guest)
+            while guest.counter("connections") > 1:
+                await settle()
+            # The second has what is in its socket.
+            came = b""
+            while piece := await asyncio.get_running_loop().sock_recv(second, BUFFER_BYTES):
+                came += piece
+            assert 0 < len(came) < BUFFER_BYTES
+            assert sent.startswith(came)
+        assert await read(first, BUFFER_BYTES) == sent
+        await ended(guest)
+        async with joined(guest, tmp_path, 9) as third:
+            await left_unread(guest, 9)
+            await until_reset(guest)
+            assert await read(third, BUFFER_BYTES) == sent
+
+
+async def test_a_program_that_has_gone_does_not_wait_for_a_guest_that_takes_nothing(
+    tmp_path: Path, io_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(splice, "CLOSE_LIMIT_S", 0.01)
+    async with guest_at(tmp_path, io_threads) as guest:
+        guest.buf_alloc = 4
+        async with joined(guest, tmp_path) as program:
+            program.send(b"takenleft")
+        _, payload = await guest.expect(Op.RW)
+        assert payload == b"take"
+        await guest.expect(Op.RST)
+        await ended(guest)
+
+
+async def test_nothing_is_expected_of_a_guest_at_rest(
+    tmp_path: Path, io_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(splice, "CLOSE_LIMIT_S", 1e-6)
+    monkeypatch.setattr(splice, "_LOOKS_A_LIMIT", 1e-9)  # they are made here
+    async with guest_at(tmp_path, io_threads) as guest:
+        device = guest.rig.device
+        guest.buf_alloc = 0
+        async with joined(guest, tmp_path) as program:
+            program.send(b"takenleft")
+        guest.send(Op.CREDIT_UPDATE, PORT, 7, buf_alloc=4)
+        await guest.expect(Op.RW)
+        await device.quiesce()
+        for _ in range(3):
+            assert device.splice.expire() == 1
+        await device.resume()
+        assert device.splice.expire() == 0
+        await guest.expect(Op.RST)
 
 
 async def test_a_guest_that_resets_ends_the_program(tmp_path: Path, io_threads: int) -> None:
