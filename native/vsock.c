@@ -127,7 +127,7 @@ static void on_event(struct av_vsock *vsock, struct av_vsock_connection *connect
         connection->hung_up = true;
     if (connection->hung_up &&
         (connection->state == AV_VSOCK_ASKED || av_vsock_is_aborted(connection))) {
-        av_vsock_kill(vsock, connection);
+        av_vsock_kill(vsock, connection, AV_VSOCK_NOT_SAID);
         return;
     }
     /* Nobody is there, and that will not be found out by reading. */
@@ -374,7 +374,7 @@ uint32_t av_vsock_expire(struct av_vsock *vsock)
             connection->state != AV_VSOCK_ASKED)
             av_vsock_wait(vsock, connection, vsock->setup.close_ns);
         else if (av_vsock_is_late(connection, now_ns))
-            av_vsock_kill(vsock, connection);
+            av_vsock_kill(vsock, connection, AV_VSOCK_LATE);
     }
     waiting = vsock->waiting;
     av_lane_wake(&vsock->lane);
@@ -382,7 +382,7 @@ uint32_t av_vsock_expire(struct av_vsock *vsock)
     return waiting;
 }
 
-void av_vsock_reset(struct av_vsock *vsock)
+void av_vsock_reset(struct av_vsock *vsock, uint32_t reason)
 {
     struct av_vsock_link *at, *next;
 
@@ -395,8 +395,10 @@ void av_vsock_reset(struct av_vsock *vsock)
             av_vsock_bury(vsock, connection);
         else if (connection->state != AV_VSOCK_PYTHONS && connection->state != AV_VSOCK_DRAINING &&
                  !(connection->state == AV_VSOCK_ASKED &&
-                   (connection->due & AV_VSOCK_DUE_REQUEST)))
+                   (connection->due & AV_VSOCK_DUE_REQUEST))) {
+            av_vsock_tell_reason(connection, reason);
             av_vsock_free(vsock, connection);
+        }
     }
     vsock->inbox->count = vsock->inbox->bytes = 0;
     vsock->tx_blocked = vsock->rx_starved = vsock->python_starved = false;

@@ -33,13 +33,15 @@ struct av_vsock_setup {
     uint32_t announces;
 };
 
-/* What a socket's two ends cannot tell by it, in memory that both have: how a connection ended.
+/* What a socket's two ends cannot tell by it, in memory that both have: how a connection ended, and
+ * what for, which stands before SHUT does.
  * lane: AV_VSOCK_REFUSED by the guest; ENDED: the guest sends no more, said so, and all it sent is in
  * the socket; CLOSED: both ways, too; SHUT: the lane has closed its end; GONE: nor will it write here
  * any more. program: AV_VSOCK_ABORTED: it closes, and the guest is to see a reset. */
 struct av_vsock_fate {
     uint8_t lane;
     uint8_t program;
+    uint8_t reason;
 };
 enum av_vsock_ends {
     AV_VSOCK_REFUSED = 1,
@@ -49,6 +51,21 @@ enum av_vsock_ends {
     AV_VSOCK_GONE = 16
 };
 enum av_vsock_gives_up { AV_VSOCK_ABORTED = 1 };
+/* NOT_SAID: the device is no more. UNSENT: the guest says that it has read more than it was sent. */
+enum av_vsock_reason {
+    AV_VSOCK_NOT_SAID,
+    AV_VSOCK_GUEST_RESET,
+    AV_VSOCK_DRIVER_RESET,
+    AV_VSOCK_DEVICE_BROKEN,
+    AV_VSOCK_BAD_OPERATION,
+    AV_VSOCK_BAD_DATA,
+    AV_VSOCK_BAD_SHUTDOWN,
+    AV_VSOCK_UNSENT,
+    AV_VSOCK_NO_ROOM,
+    AV_VSOCK_LATE,
+    AV_VSOCK_UNREAD,
+    AV_VSOCK_NO_MEMORY
+};
 
 /* Of spliced connections, but for `connections`, which counts Python's too. */
 struct av_vsock_stats {
@@ -100,8 +117,9 @@ int av_vsock_accept(struct av_vsock *vsock, int fd, uint32_t host_port, uint32_t
                     uint32_t guest_alloc, struct av_vsock_fate *fate);
 /* End what has waited too long; how many still wait. */
 uint32_t av_vsock_expire(struct av_vsock *vsock);
-/* The driver begins anew: forget packets, and spliced connections that it knew of. At rest. */
-void av_vsock_reset(struct av_vsock *vsock);
+/* The driver begins anew, or has to: forget packets, and spliced connections that it knew of. reason:
+ * of av_vsock_reason. At rest. */
+void av_vsock_reset(struct av_vsock *vsock, uint32_t reason);
 
 /* Packets that came for Python, valid until the next call; how many. */
 uint32_t av_vsock_receive(struct av_vsock *vsock, struct av_vsock_batch *out);

@@ -190,8 +190,9 @@ void av_vsock_wait(struct av_vsock *vsock, struct av_vsock_connection *connectio
 void av_vsock_wake(struct av_vsock *vsock, struct av_vsock_connection *connection);
 /* The guest knows of it no more, but its program may still have something to read. It may be gone. */
 void av_vsock_bury(struct av_vsock *vsock, struct av_vsock_connection *connection);
-/* End it now: the guest gets a reset. */
-void av_vsock_kill(struct av_vsock *vsock, struct av_vsock_connection *connection);
+/* End it now: the guest gets a reset, and the program the reason. */
+void av_vsock_kill(struct av_vsock *vsock, struct av_vsock_connection *connection,
+                   enum av_vsock_reason reason);
 /* Take no more of the guest's, or send it no more; both: it is over. */
 void av_vsock_shut(struct av_vsock *vsock, struct av_vsock_connection *connection, uint32_t flags);
 /* Let go of the socket, and of what was kept for it. */
@@ -200,6 +201,8 @@ void av_vsock_close(struct av_vsock *vsock, struct av_vsock_connection *connecti
 /* vsock_join.c */
 /* Tell its program, by av_vsock_ends bits, before what they explain. */
 void av_vsock_tell_fate(struct av_vsock_connection *connection, uint8_t ends);
+/* Nothing when its socket is closed: then it has been told. */
+void av_vsock_tell_reason(struct av_vsock_connection *connection, enum av_vsock_reason reason);
 bool av_vsock_is_aborted(const struct av_vsock_connection *connection);
 /* Whether it has waited for the guest for long enough. */
 bool av_vsock_is_late(const struct av_vsock_connection *connection, uint64_t now_ns);

@@ -7,7 +7,7 @@
 
 #define FIRST_PORT (1u << 30) /* of ours, and so many more */
 
-_Static_assert(sizeof(struct av_vsock_fate) == 2, "as avmm/vsock/fates.py has it");
+_Static_assert(sizeof(struct av_vsock_fate) == 3, "as avmm/vsock/fates.py has it");
 
 /* A byte has one writer. Its reader looks after the call to the kernel that tells it of an end, which
  * was made after the byte was written; release, so that it stays so. */
@@ -18,6 +18,12 @@ void av_vsock_tell_fate(struct av_vsock_connection *connection, uint8_t ends)
     if (fate != NULL)
         __atomic_store_n(&fate->lane, __atomic_load_n(&fate->lane, __ATOMIC_RELAXED) | ends,
                          __ATOMIC_RELEASE);
+}
+
+void av_vsock_tell_reason(struct av_vsock_connection *connection, enum av_vsock_reason reason)
+{
+    if (connection->fate != NULL && connection->fd >= 0)
+        __atomic_store_n(&connection->fate->reason, (uint8_t)reason, __ATOMIC_RELEASE);
 }
 
 bool av_vsock_is_aborted(const struct av_vsock_connection *connection)

@@ -137,7 +137,7 @@ static void on_end(struct av_vsock *vsock, struct av_vsock_connection *connectio
 {
     /* By now it would be a hang-up, whose event may come later. */
     if (av_vsock_is_aborted(connection)) {
-        av_vsock_kill(vsock, connection);
+        av_vsock_kill(vsock, connection, AV_VSOCK_NOT_SAID);
         return;
     }
     connection->has_eof = true;

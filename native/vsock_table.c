@@ -133,11 +133,13 @@ void av_vsock_bury(struct av_vsock *vsock, struct av_vsock_connection *connectio
         av_vsock_free(vsock, connection);
 }
 
-void av_vsock_kill(struct av_vsock *vsock, struct av_vsock_connection *connection)
+void av_vsock_kill(struct av_vsock *vsock, struct av_vsock_connection *connection,
+                   enum av_vsock_reason reason)
 {
     bool unknown =
         connection->state == AV_VSOCK_ASKED && (connection->due & AV_VSOCK_DUE_REQUEST) != 0;
 
+    av_vsock_tell_reason(connection, reason);
     av_vsock_close(vsock, connection);
     av_vsock_wait(vsock, connection, 0);
     if (unknown || connection->state == AV_VSOCK_DRAINING) {

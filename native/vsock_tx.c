@@ -125,7 +125,7 @@ static void pass_on(struct av_vsock *vsock, struct av_vsock_connection *connecti
         sent = bytes;
     if (sent != bytes) {
         if (!hold(connection, skip(packet->payload, (size_t)sent), bytes - (uint32_t)sent)) {
-            av_vsock_kill(vsock, connection);
+            av_vsock_kill(vsock, connection, AV_VSOCK_NO_MEMORY);
             return;
         }
         watch(vsock, connection, true);
@@ -196,9 +196,12 @@ static void on_data(struct av_vsock *vsock, struct av_vsock_connection *connecti
 
     if (connection->state == AV_VSOCK_CLOSING)
         return; /* on its way when we closed */
-    if (connection->state != AV_VSOCK_OPEN || (connection->guest_shut & AV_VSOCK_SHUT_SEND) ||
-        bytes > AV_VSOCK_BUFFER_BYTES - (connection->received - connection->forwarded)) {
-        av_vsock_kill(vsock, connection);
+    if (connection->state != AV_VSOCK_OPEN || (connection->guest_shut & AV_VSOCK_SHUT_SEND)) {
+        av_vsock_kill(vsock, connection, AV_VSOCK_BAD_DATA);
+        return;
+    }
+    if (bytes > AV_VSOCK_BUFFER_BYTES - (connection->received - connection->forwarded)) {
+        av_vsock_kill(vsock, connection, AV_VSOCK_NO_ROOM);
         return;
     }
     connection->received += bytes;
@@ -212,7 +215,7 @@ static void on_shutdown(struct av_vsock *vsock, struct av_vsock_connection *conn
     uint32_t fresh = flags & ~connection->guest_shut;
 
     if (connection->state != AV_VSOCK_OPEN && connection->state != AV_VSOCK_CLOSING) {
-        av_vsock_kill(vsock, connection);
+        av_vsock_kill(vsock, connection, AV_VSOCK_BAD_SHUTDOWN);
         return;
     }
     connection->guest_shut |= flags;
@@ -223,7 +226,7 @@ static void on_shutdown(struct av_vsock *vsock, struct av_vsock_connection *conn
             av_vsock_tell_fate(connection, AV_VSOCK_ENDED | AV_VSOCK_CLOSED);
             av_vsock_close(vsock, connection);
         } else if (vsock->unread == vsock->setup.unread_max) {
-            av_vsock_kill(vsock, connection);
+            av_vsock_kill(vsock, connection, AV_VSOCK_UNREAD);
             return;
         } else {
             connection->unread = true;
@@ -253,7 +256,8 @@ static void on_response(struct av_vsock *vsock, struct av_vsock_connection *conn
     connection->state = AV_VSOCK_OPEN;
     vsock->stats.opened++;
     if (send_to(vsock, connection->fd, &iov, 1) != bytes)
-        av_vsock_kill(vsock, connection); /* nothing else is in its way: the program has gone */
+        /* Nothing else is in its way: the program has gone. */
+        av_vsock_kill(vsock, connection, AV_VSOCK_NOT_SAID);
 }
 
 static void on_reset(struct av_vsock *vsock, struct av_vsock_connection *connection)
@@ -266,6 +270,7 @@ static void on_reset(struct av_vsock *vsock, struct av_vsock_connection *connect
         vsock->stats.refused++;
         av_vsock_tell_fate(connection, AV_VSOCK_REFUSED);
     }
+    av_vsock_tell_reason(connection, AV_VSOCK_GUEST_RESET);
     av_vsock_free(vsock, connection);
 }
 
@@ -282,11 +287,12 @@ static void receive(struct av_vsock *vsock, struct av_vsock_connection *connecti
     if (connection->state == AV_VSOCK_DEAD)
         return;
     if (connection->state == AV_VSOCK_ASKED && (connection->due & AV_VSOCK_DUE_REQUEST)) {
-        av_vsock_kill(vsock, connection); /* it was not asked yet: nothing is left of it */
+        /* It was not asked yet: nothing is left of it. */
+        av_vsock_kill(vsock, connection, AV_VSOCK_BAD_OPERATION);
         return;
     }
     if (!hear(connection, header)) {
-        av_vsock_kill(vsock, connection);
+        av_vsock_kill(vsock, connection, AV_VSOCK_UNSENT);
     } else if (header->op == AV_VSOCK_OP_RW) {
         on_data(vsock, connection, packet);
     } else if (header->op == AV_VSOCK_OP_SHUTDOWN) {
@@ -297,7 +303,7 @@ static void receive(struct av_vsock *vsock, struct av_vsock_connection *connecti
                connection->state == AV_VSOCK_ASKED) {
         on_response(vsock, connection);
     } else if (header->op != AV_VSOCK_OP_CREDIT_UPDATE) {
-        av_vsock_kill(vsock, connection);
+        av_vsock_kill(vsock, connection, AV_VSOCK_BAD_OPERATION);
     }
     /* None of these frees what the guest knows of. There may be credit now. */
     av_vsock_wake(vsock, connection);

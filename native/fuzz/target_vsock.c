@@ -183,7 +183,7 @@ static void reset(struct device *device)
     device->tx_lost = taken(&device->tx);
     fuzz_queue_restart(&device->rx);
     fuzz_queue_restart(&device->tx);
-    av_vsock_reset(device->vsock);
+    av_vsock_reset(device->vsock, AV_VSOCK_DRIVER_RESET);
     check(device);
     CHECK(av_lane_start(av_vsock_lane(device->vsock)) == 0);
 }

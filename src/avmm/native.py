@@ -44,6 +44,18 @@ class Lib(Protocol):
     AV_VSOCK_SHUT: int
     AV_VSOCK_GONE: int
     AV_VSOCK_ABORTED: int
+    AV_VSOCK_NOT_SAID: int
+    AV_VSOCK_GUEST_RESET: int
+    AV_VSOCK_DRIVER_RESET: int
+    AV_VSOCK_DEVICE_BROKEN: int
+    AV_VSOCK_BAD_OPERATION: int
+    AV_VSOCK_BAD_DATA: int
+    AV_VSOCK_BAD_SHUTDOWN: int
+    AV_VSOCK_UNSENT: int
+    AV_VSOCK_NO_ROOM: int
+    AV_VSOCK_LATE: int
+    AV_VSOCK_UNREAD: int
+    AV_VSOCK_NO_MEMORY: int
     AV_BLK_IO_URING: int
     AV_BLK_THREADS: int
     AV_BLK_LOOP: int
@@ -227,7 +239,7 @@ class Lib(Protocol):
         /,
     ) -> int: ...
     def av_vsock_expire(self, vsock: CData, /) -> int: ...
-    def av_vsock_reset(self, vsock: CData, /) -> None: ...
+    def av_vsock_reset(self, vsock: CData, reason: int, /) -> None: ...
     def av_vsock_receive(self, vsock: CData, out: CData, /) -> int: ...
     def av_vsock_put(self, vsock: CData, header: bytes, data: CData, size_bytes: int, /) -> int: ...
     def av_vsock_put_header(self, vsock: CData, header: bytes, /) -> int: ...

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -12,12 +14,12 @@ import pytest
 
 import avmm
 from avmm.machine.isolation import messages as say
-from avmm.virtio.devices.vsock import Vsock
+from avmm.virtio.devices.vsock import TX, Vsock
 from avmm.vsock.credit import BUFFER_BYTES
 from avmm.vsock.packet import CID_HOST, SHUTDOWN_BOTH, Op
 from fakes import probing_worker
 from fakes.probing_worker import probe, worker_pid
-from kvm.socket_guest import CID, PORT, SocketGuest
+from kvm.socket_guest import CID, PACKET, PORT, SocketGuest
 from kvm.test_isolation import held
 from kvm.tiny_driver import LAST, Assemble
 
@@ -85,6 +87,57 @@ async def test_streams_both_ways(tiny_guest: Assemble, io_threads: int) -> None:
     assert held() == before
 
 
+ENDS: dict[str, tuple[Callable[[SocketGuest], None], str]] = {
+    "a reset": (
+        lambda guest: guest.say(CID_HOST, HOST_PORT, Op.RST),
+        "The guest reset the connection",
+    ),
+    "an operation out of place": (
+        lambda guest: guest.say(CID_HOST, HOST_PORT, Op.REQUEST),
+        "The guest broke the connection: an operation out of place",
+    ),
+    "more read than sent": (
+        lambda guest: guest.say(CID_HOST, HOST_PORT, Op.CREDIT_UPDATE, fwd_cnt=5),
+        "The guest broke the connection: it has read more than it was sent",
+    ),
+    "a reset of the driver": (
+        lambda guest: guest.put("status", 0),
+        "The guest's vsock driver was reset",
+    ),
+    "a chain that is no packet": (
+        lambda guest: guest.offer(2, queue=TX, buffer=PACKET, size_bytes=4, writable=False),
+        "The guest broke its vsock device",
+    ),
+    "the microVM's end": (lambda guest: None, "The microVM has ended"),
+}
+
+
+@pytest.mark.parametrize("isolation", [None, "process"])
+@pytest.mark.parametrize("end", ENDS)
+async def test_a_streams_error_says_why_wherever_its_device_is(
+    tiny_guest: Assemble, isolation: Literal["process"] | None, end: str
+) -> None:
+    act, why = ENDS[end]
+    guest = SocketGuest("pci")
+    guest.start(queues=2)
+    guest.listen()
+    guest.hear(CID_HOST, HOST_PORT, Op.REQUEST, buf_alloc=BUFFER_BYTES)
+    guest.say(CID_HOST, HOST_PORT, Op.RESPONSE)
+    guest.hear(CID_HOST, HOST_PORT, Op.RW, b"go!!", buf_alloc=BUFFER_BYTES)
+    act(guest)
+    kernel = tiny_guest(guest.text + "putc 'r'\n1: jmp 1b\n" + LAST)
+    config = avmm.Config(kernel=str(kernel), memory="4M", cmdline="", vsock=Vsock(CID))
+    async with asyncio.timeout(60), avmm.MicroVM(config, isolation=isolation) as vm:
+        reader, writer = await vm.vsock.connect(PORT)
+        writer.write(b"go!!")
+        if end == "the microVM's end":
+            await vm.console.expect(b"r")
+            await vm.kill()
+        with pytest.raises(ConnectionResetError) as caught:
+            await reader.read()
+        assert (caught.value.errno, caught.value.strerror) == (errno.ECONNRESET, why)
+
+
 async def test_programs_reach_it_by_its_unix_socket(tiny_guest: Assemble, tmp_path: Path) -> None:
     before = held()
     uds = tmp_path / "v"
@@ -136,9 +189,11 @@ async def test_its_end_resets_its_streams(
         else:
             os.kill(worker_pid(vm), signal.SIGKILL)
             await vm.wait()
-        for call in (reader.read(), writer.drain(), waiting):
-            with pytest.raises(ConnectionResetError):
+        for call in (reader.read(), waiting):
+            with pytest.raises(ConnectionResetError, match="The microVM has ended"):
                 await call
+        with pytest.raises(ConnectionResetError):
+            await writer.drain()
     assert held() == before
 
 

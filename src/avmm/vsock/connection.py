@@ -7,7 +7,6 @@ told to `Events`.
 from __future__ import annotations
 
 import enum
-import errno
 from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -22,6 +21,7 @@ from avmm.vsock.packet import (
     Header,
     Op,
 )
+from avmm.vsock.reasons import Reason, refusal, reset_error
 
 SLICE_BYTES: Final = 64 * 1024
 """What one connection sends before another has its turn."""
@@ -214,7 +214,7 @@ class Connection:
         if op == Op.RST:
             self._on_reset()
         elif not self._credit.hear(header.buf_alloc, header.fwd_cnt):
-            self._violated("it has read more than it was sent")
+            self._violated(Reason.UNSENT)
         elif op == Op.RW:
             self._on_data(payload)
         elif op == Op.CREDIT_UPDATE:
@@ -228,7 +228,7 @@ class Connection:
             if self.events is not None:
                 self.events.on_open()
         else:
-            self._violated(f"operation {op} out of place")
+            self._violated(Reason.OPERATION)
         if self.out_bytes and self.state is not State.DEAD:
             self._want(0)  # there may be credit now
 
@@ -236,15 +236,15 @@ class Connection:
         if self.state is State.CLOSING:
             return  # on its way when we closed
         if self.state is not State.OPEN or self._guest_shut & SHUTDOWN_SEND:
-            self._violated("data out of place")
+            self._violated(Reason.DATA)
         elif not self._credit.receive(len(payload)):
-            self._violated("it sends more than there is room for")
+            self._violated(Reason.NO_ROOM)
         elif self.events is not None and payload:
             self.events.on_data(payload)
 
     def _on_shutdown(self, flags: int) -> None:
         if self.state not in (State.OPEN, State.CLOSING):
-            self._violated("shutdown out of place")
+            self._violated(Reason.SHUTDOWN)
             return
         fresh = flags & ~self._guest_shut
         self._guest_shut |= flags
@@ -265,18 +265,12 @@ class Connection:
         if closing:
             self._tell_closed(None)
         elif refused:
-            self._tell_closed(
-                ConnectionRefusedError(
-                    errno.ECONNREFUSED, f"The guest refused at vsock port {self.guest_port}"
-                )
-            )
+            self._tell_closed(refusal(self.guest_port))
         else:
-            self._tell_closed(
-                ConnectionResetError(errno.ECONNRESET, "The guest reset the connection")
-            )
+            self._tell_closed(reset_error(Reason.GUEST_RESET))
 
-    def _violated(self, how: str) -> None:
-        self.fail(ConnectionResetError(errno.ECONNRESET, f"The guest broke the connection: {how}"))
+    def _violated(self, reason: Reason) -> None:
+        self.fail(reset_error(reason))
 
     def _tell_closed(self, error: ConnectionError | None) -> None:
         if self.events is not None:

@@ -1,7 +1,7 @@
 """How connections ended, where a program and the lane in its worker both write it.
 
 By a socket alone an end that the guest made properly looks like a reset, and a closed socket like
-one that was given up. So each connection has two bytes in memory that both processes have: see
+one that was given up. So each connection has three bytes in memory that both processes have: see
 struct av_vsock_fate in native/vsock.h.
 """
 
@@ -15,13 +15,15 @@ from typing import Final
 
 from avmm.errors import HostError
 from avmm.native import CData, ffi, lib
+from avmm.vsock.reasons import Reason
 
 FATES: Final = 1024
 """As many connections may be between a program and its worker."""
 
-_BYTES: Final = 2
+_BYTES: Final = 3
 _SIZE_BYTES: Final = FATES * _BYTES
-_LANE, _PROGRAM = range(_BYTES)
+_LANE, _PROGRAM, _REASON = range(_BYTES)
+_REASONS: Final = frozenset(Reason)
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 """A worker that is not ours any more could make it shorter, and reading it a SIGBUS."""
 
@@ -79,6 +81,11 @@ class Fates:
     def ends(self, fate: int) -> int:
         """av_vsock_ends bits, or what else the worker has written."""
         return int(self._memory[fate * _BYTES + _LANE])
+
+    def reason(self, fate: int) -> Reason:
+        """Why the lane has ended it. Of what is no reason the worker's word is that of a guest."""
+        value = self._memory[fate * _BYTES + _REASON]
+        return Reason(value) if value in _REASONS else Reason.GUEST_RESET
 
     def abort(self, fate: int) -> None:
         """The guest is to see a reset when the socket is closed."""

@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol, Self
 from avmm.errors import ConfigError
 from avmm.log import GuestLog
 from avmm.vsock.packet import PORT_MAX
+from avmm.vsock.reasons import Reason
 from avmm.vsock.table import Counters
 from avmm.vsock.transport import Stream, StreamTransport
 
@@ -45,7 +46,7 @@ class Connections(Protocol):
         """A new connection."""
         ...
 
-    def close(self, why: str) -> None:
+    def close(self, reason: Reason) -> None:
         """End all."""
         ...
 
@@ -113,7 +114,8 @@ class VsockHost:
     """`MicroVM.vsock`. All methods on the loop of the microVM.
 
     Many microVMs may have the same CID: it means something to the guest alone. Streams end with
-    ConnectionResetError when the guest resets them, its driver, or with the microVM itself.
+    ConnectionResetError when the guest resets them, its driver, or with the microVM itself; it says
+    why, the same with isolation and without.
     """
 
     def __init__(
@@ -212,7 +214,7 @@ class VsockHost:
 
     async def close(self) -> None:
         """End all: streams with ConnectionResetError, servers, their tasks. Idempotent."""
-        self.table.close("The microVM has ended")
+        self.table.close(Reason.MICROVM_ENDED)
         for server in tuple(self._servers.values()):
             server.close()
         for stop in (False, True):

@@ -18,8 +18,9 @@ from avmm.errors import AvmmError, HostError
 from avmm.loop import add_reader
 from avmm.vsock.connection import State
 from avmm.vsock.fates import FATES, Fates
-from avmm.vsock.remote_connection import RemoteConnection, guest_reset
-from avmm.vsock.table import Counters, reset_error, too_many
+from avmm.vsock.reasons import Reason, reset_error
+from avmm.vsock.remote_connection import RemoteConnection
+from avmm.vsock.table import Counters, too_many
 
 _READ_BYTES: Final = 256 * 1024
 _EVENTS: Final = 64
@@ -65,7 +66,7 @@ class RemoteTable:
         self.buffer = memoryview(bytearray(_READ_BYTES))
         self._connections: dict[int, RemoteConnection] = {}
         self._on_request: Callable[[RemoteConnection], bool] = lambda connection: False
-        self._closed: str | None = None
+        self._closed: Reason | None = None
         self._requested = 0
         self._requested_max = guests_share()
         # One of our own for all sockets: libuv tells of an error in place of what can be read, and
@@ -96,12 +97,12 @@ class RemoteTable:
         self.check_open()
         return self._add(0, guest_port, State.ASKED, None)
 
-    def close(self, why: str) -> None:
+    def close(self, reason: Reason) -> None:
         if self._closed is not None:
             return
-        self._closed = why
+        self._closed = reason
         for connection in tuple(self._connections.values()):
-            connection.end(reset_error(why))
+            connection.end(reset_error(reason))
         self.loop.remove_reader(self.epoll.fileno())
         self.epoll.close()
 
@@ -126,7 +127,7 @@ class RemoteTable:
         """
         if connection := self._connections.get(fate):
             tells = connection.state is State.ASKED and isinstance(error, HostError)
-            connection.end(error if tells else guest_reset())
+            connection.end(error if tells else reset_error(Reason.GUEST_RESET))
         if not self.fates.give_back(fate):
             raise HostError("worker-protocol", op="An answer for no connection")
 

@@ -16,7 +16,8 @@ from avmm.errors import AvmmError, HostError
 from avmm.native import lib
 from avmm.vsock.connection import Events, State
 from avmm.vsock.packet import PORT_MAX, SHUTDOWN_BOTH, SHUTDOWN_SEND
-from avmm.vsock.table import CLOSE_LATE, CLOSE_LIMIT_S, reset_error
+from avmm.vsock.reasons import Reason, refusal, reset_error
+from avmm.vsock.table import CLOSE_LIMIT_S
 
 if TYPE_CHECKING:
     from avmm.vsock.remote import RemoteTable
@@ -27,7 +28,6 @@ _PIECES_MAX: Final = 64
 _TURN_BYTES: Final = 512 * 1024
 _ANSWER: Final = re.compile(rb"OK ([0-9]{1,10})\n")
 _ANSWER_MAX_BYTES: Final = 14
-_RESET: Final = "The guest reset the connection"
 
 
 class RemoteConnection:
@@ -145,7 +145,7 @@ class RemoteConnection:
             if self._ended:
                 self.end(None)
         elif ends & lib.AV_VSOCK_SHUT:
-            self.end(guest_reset())
+            self.end(self._reset_error())
 
     def _watch(self) -> None:
         """Ask for the events that are of use, and to be told again of room that is there."""
@@ -190,7 +190,7 @@ class RemoteConnection:
                 self._on_data(rest)
         elif b"\n" in self._answer or len(self._answer) == _ANSWER_MAX_BYTES:
             self._table.broken(HostError("worker-protocol", op="An answer to a connection"))
-            self.end(reset_error("The worker broke the connection"))
+            self.end(ConnectionResetError(errno.ECONNRESET, "The worker broke the connection"))
 
     def _on_data(self, data: memoryview) -> None:
         if self.state is State.OPEN and self.events is not None:
@@ -201,11 +201,12 @@ class RemoteConnection:
     def _on_end(self) -> None:
         ends = self._table.fates.ends(self.fate)
         if self.state is State.ASKED:
-            self.end(_refusal(self.guest_port) if ends & lib.AV_VSOCK_REFUSED else guest_reset())
+            refused = ends & lib.AV_VSOCK_REFUSED
+            self.end(refusal(self.guest_port) if refused else self._reset_error())
         elif ends & lib.AV_VSOCK_CLOSED:
             self.end(None)
         elif not ends & lib.AV_VSOCK_ENDED:
-            self.end(guest_reset())
+            self.end(self._reset_error())
         else:
             self._ended = True
             self._watch()
@@ -249,8 +250,11 @@ class RemoteConnection:
         self._drop_out()
         ends = self._table.fates.ends(self.fate)
         was_reset = ends & lib.AV_VSOCK_SHUT and not ends & lib.AV_VSOCK_CLOSED
-        if was_reset or error.errno not in (errno.EPIPE, errno.ECONNRESET):
-            self._fail_soon(_RESET if was_reset else str(error))
+        if was_reset:
+            self._table.loop.call_soon(self._fail, self._reset_error())
+        elif error.errno not in (errno.EPIPE, errno.ECONNRESET):
+            failure = ConnectionResetError(errno.ECONNRESET, str(error))
+            self._table.loop.call_soon(self._fail, failure)
 
     def _check_sent(self) -> None:
         """Do what was to be done when all is sent."""
@@ -266,18 +270,20 @@ class RemoteConnection:
     def _limit_closing(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._table.loop.call_later(CLOSE_LIMIT_S, self._fail, CLOSE_LATE)
+        late = reset_error(Reason.LATE)
+        self._timer = self._table.loop.call_later(CLOSE_LIMIT_S, self._fail, late)
 
     # --- the end
 
-    def _fail_soon(self, why: str) -> None:
-        self._table.loop.call_soon(self._fail, why)
+    def _reset_error(self) -> ConnectionResetError:
+        """For what the lane ended out of turn."""
+        return reset_error(self._table.fates.reason(self.fate))
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, error: ConnectionResetError) -> None:
         if self.state is not State.DEAD:
             self.reset()
             if self.events is not None:
-                self.events.on_closed(reset_error(why))
+                self.events.on_closed(error)
 
     def _drop_out(self) -> None:
         self._out.clear()
@@ -297,12 +303,3 @@ class RemoteConnection:
         self._socket.close()
         if self._theirs is not None:
             self._theirs.close()
-
-
-def guest_reset() -> ConnectionResetError:
-    """For one that the guest ended out of turn."""
-    return reset_error(_RESET)
-
-
-def _refusal(port: int) -> ConnectionRefusedError:
-    return ConnectionRefusedError(errno.ECONNREFUSED, f"The guest refused at vsock port {port}")

@@ -12,6 +12,7 @@ from avmm.errors import GuestFault, HostError
 from avmm.native import CData, ffi, lib
 from avmm.vsock.connection import Connection
 from avmm.vsock.packet import HEADER_BYTES, Header, parse
+from avmm.vsock.reasons import Reason
 from avmm.vsock.table import CLOSE_LIMIT_S, CONNECTIONS_MAX, too_many
 
 ASK_LIMIT_S = 10.0
@@ -159,6 +160,6 @@ class Splice:
         name, room = connection.key, connection.room
         return int(lib.av_vsock_accept(self._native, fd, *name, room, fate)) == 0
 
-    def reset(self) -> None:
+    def reset(self, reason: Reason) -> None:
         """The driver begins anew, at rest: spliced connections that it knew of end."""
-        lib.av_vsock_reset(self._native)
+        lib.av_vsock_reset(self._native, reason)

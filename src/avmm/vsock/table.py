@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import errno
 import itertools
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Final, Protocol
 from avmm.errors import HostError
 from avmm.vsock.connection import NO_ROOM, SLICE_BYTES, Connection, Ring, State
 from avmm.vsock.packet import CID_HOST, TYPE_STREAM, Header, Op, reset_for
+from avmm.vsock.reasons import Reason, reset_error
 
 CONNECTIONS_MAX: Final = 8192
 _REPLIES_MAX: Final = 256
@@ -21,7 +21,6 @@ _TURN_BYTES: Final = 8 * SLICE_BYTES
 _TURN_PACKETS: Final = 512
 CLOSE_LIMIT_S: Final = 8.0
 """How long the guest may go on without closing its end, or taking anything, after we closed."""
-CLOSE_LATE: Final = "The guest does not close the connection, or takes nothing more of it"
 _FIRST_PORT: Final = 1 << 30
 _PORTS: Final = 1 << 30
 
@@ -84,7 +83,7 @@ class Table:
         self._replies: deque[Header] = deque()
         self._closing: dict[Connection, asyncio.TimerHandle] = {}
         self._ports = itertools.count()
-        self._closed: str | None = None
+        self._closed: Reason | None = None
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -188,21 +187,21 @@ class Table:
             self._wake(connection)
         return Sent.MORE if self._ready else Sent.ALL
 
-    def reset(self, why: str) -> None:
+    def reset(self, reason: Reason) -> None:
         """The driver begins anew: what it knew of is gone. What it was not asked yet stays."""
         self.counters.resets += 1
         self._replies.clear()
         for connection in tuple(self._connections.values()):
             if connection.state is not State.ASKED or connection.is_asked:
-                connection.forget(reset_error(why))
+                connection.forget(reset_error(reason))
                 self._remove(connection)
 
-    def close(self, why: str) -> None:
+    def close(self, reason: Reason) -> None:
         """End all connections, and be asked for none any more. Idempotent."""
-        self._closed = why
+        self._closed = reason
         self._replies.clear()
         for connection in tuple(self._connections.values()):
-            connection.forget(reset_error(why))
+            connection.forget(reset_error(reason))
             self._remove(connection)
         self._ready.clear()
 
@@ -244,7 +243,7 @@ class Table:
         elif connection.state is State.DEAD:
             self._remove(connection)
         elif connection.state is State.CLOSING and connection not in self._closing:
-            error = reset_error(CLOSE_LATE)
+            error = reset_error(Reason.LATE)
             self._closing[connection] = self._loop.call_later(CLOSE_LIMIT_S, connection.fail, error)
 
 
@@ -255,8 +254,3 @@ def too_many(most: int = CONNECTIONS_MAX) -> HostError:
 
 def _nobody(connection: Connection) -> bool:
     return False
-
-
-def reset_error(why: str) -> ConnectionResetError:
-    """For a connection that is no more."""
-    return ConnectionResetError(errno.ECONNRESET, why)

@@ -8,6 +8,7 @@ import pytest
 
 from avmm.native import lib
 from avmm.vsock.fates import FATES, Fates, LaneFates
+from avmm.vsock.reasons import Reason, reset_error
 
 
 @pytest.fixture
@@ -24,6 +25,24 @@ def test_both_sides_see_what_the_other_writes(fates: Fates) -> None:
     assert fates.ends(fate) == lib.AV_VSOCK_ENDED
     assert lane.at(fate).program == lib.AV_VSOCK_ABORTED
     assert not lane.at(None)
+    fates.close()
+
+
+def test_whatever_the_lane_writes_is_a_reason(fates: Fates) -> None:
+    lane = LaneFates(fates.fd)
+    fate = fates.take()
+    assert fate is not None
+    assert fates.reason(fate) is Reason.MICROVM_ENDED
+    for value in range(256):
+        lane.at(fate).reason = value
+        reason = fates.reason(fate)
+        assert reason is (Reason(value) if value <= max(Reason) else Reason.GUEST_RESET)
+        assert str(reset_error(reason))
+    fates.leave(fate)
+    lane.at(fate).lane = lib.AV_VSOCK_GONE
+    while fates.take() != fate:
+        pass
+    assert fates.reason(fate) is Reason.MICROVM_ENDED
     fates.close()
 
 

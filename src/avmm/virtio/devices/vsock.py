@@ -18,6 +18,7 @@ from avmm.virtio.devtype import DeviceContext, DeviceType
 from avmm.virtio.home import HomeChoice
 from avmm.vsock.host import VsockHost
 from avmm.vsock.packet import CID_MAX, CID_MIN
+from avmm.vsock.reasons import Reason
 from avmm.vsock.splice import Splice
 from avmm.vsock.table import Sent, Table
 
@@ -97,12 +98,12 @@ class VsockDevice(VirtioDevice):
 
     def on_reset(self) -> None:
         """The driver knows of no connection any more."""
-        self._forget("The guest's vsock driver was reset")
+        self._forget(Reason.DRIVER_RESET)
 
     def fault(self, fault: GuestFault) -> None:
         """Nothing moves until the driver has begun anew, so all streams end."""
         super().fault(fault)
-        self._forget(f"The guest broke its vsock device: {fault}")
+        self._forget(Reason.DEVICE_BROKEN)
 
     def is_kicked(self, index: int) -> bool:
         """Events would come by the third queue; there are none."""
@@ -140,10 +141,10 @@ class VsockDevice(VirtioDevice):
         queue = self.queues[RX]
         return GuestFault(queue.fault, f"Queue {RX}: {queue.fault}")
 
-    def _forget(self, why: str) -> None:
+    def _forget(self, reason: Reason) -> None:
         self._starved = self._held_back = False
-        self.table.reset(why)
-        self.splice.reset()
+        self.table.reset(reason)
+        self.splice.reset(reason)
 
     def _receive(self) -> None:
         """Packets of the guest's, when their answers can be kept: each may need one."""
