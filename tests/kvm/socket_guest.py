@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from avmm.virtio.devices.vsock import RX, TX
 from avmm.vsock.packet import TYPE_STREAM, Header, Op
-from kvm.tiny_driver import BUFFER, QUEUE_BYTES, Guest, Transport
+from kvm.guest_steps import BUFFER, QUEUE_BYTES, Guest, Transport
 
 CID, PORT = 7, 1024
 PACKET = BUFFER + TX * QUEUE_BYTES

@@ -19,9 +19,9 @@ from avmm.vsock.credit import BUFFER_BYTES
 from avmm.vsock.packet import CID_HOST, SHUTDOWN_BOTH, Op
 from fakes import probing_worker
 from fakes.probing_worker import probe, worker_pid
+from kvm.guest_steps import LAST, Assemble
 from kvm.socket_guest import CID, PACKET, PORT, SocketGuest
 from kvm.test_isolation import held
-from kvm.tiny_driver import LAST, Assemble
 
 pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
 

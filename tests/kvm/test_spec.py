@@ -10,7 +10,7 @@ import pytest
 from avmm.pci import function as header
 from avmm.virtio.interrupt import CONFIG_CHANGE, USED_BUFFER
 from avmm.virtio.state import ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK
-from kvm.tiny_driver import (
+from kvm.guest_steps import (
     BUFFER,
     DEVICE_AREA,
     DRIVER_AREA,

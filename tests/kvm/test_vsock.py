@@ -12,8 +12,8 @@ from avmm.virtio.devices.vsock import Vsock
 from avmm.virtio.transport import mmio, pci
 from avmm.vsock.credit import BUFFER_BYTES
 from avmm.vsock.packet import CID_HOST, SHUTDOWN_BOTH, TYPE_STREAM, Op
+from kvm.guest_steps import SLOT, Assemble, Transport, run
 from kvm.socket_guest import CID, SocketGuest
-from kvm.tiny_driver import SLOT, Assemble, Transport, run
 
 NOBODY, SERVED, NOBODYS = 9, 5000, 6000
 SEQPACKET = 2
