@@ -295,12 +295,15 @@ async def test_a_worker_that_dies_is_one_microvms_error(tiny_guest: Assemble) ->
 
 @pytest.mark.asyncio(loop_factories=["uvloop", "asyncio"])
 async def test_a_worker_that_the_kernel_keeps_holds_nobody_up(
-    tiny_guest: Assemble, monkeypatch: pytest.MonkeyPatch
+    tiny_guest: Assemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it keeps one with requests that a disk's storage does not answer."""
     before = held()
     monkeypatch.setattr(remote, "GRACE_S", 0.02)
     monkeypatch.setattr(launch, "GONE_S", 0.02)
+    monkeypatch.setattr(launch.WorkerGroup, "make", lambda *_: launch.WorkerGroup(group))
+    group = tmp_path / "group"
+    group.mkdir()
     vm = isolated(tiny_guest(SPIN))
     await vm.start()
     pid = worker_pid(vm)
@@ -317,8 +320,10 @@ async def test_a_worker_that_the_kernel_keeps_holds_nobody_up(
     await asyncio.wait([pausing])
     assert isinstance(pausing.exception(), avmm.AvmmError)
     assert vm.statistics().state == "running"
+    assert group.exists()
     os.kill(pid, signal.SIGKILL)
     await process.ended
+    assert not group.exists()
     assert held() == before
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from avmm.machine.isolation.cgroup import own_group
+
 SHARED_MAPPINGS = ("memfd:", "anon_inode:")  # guest memory; vCPU and io_uring rings
 LOOPS_WORKERS = ("asyncio_", "uvloop_")
 
@@ -24,7 +26,8 @@ class Holdings:
     @classmethod
     def now(cls) -> Self:
         """All that is held at this moment."""
-        return cls(_descriptors() + _mappings() + _memory() + _threads() + _children() + _devices())
+        parts = (_descriptors, _mappings, _memory, _threads, _children, _devices, _groups)
+        return cls(sum((part() for part in parts), Counter()))
 
     def beyond(self, before: Self) -> dict[str, int]:
         """What is held now and was not before."""
@@ -77,3 +80,10 @@ def _children() -> Counter[str]:
 
 def _devices() -> Counter[str]:
     return Counter(f"network device {name}" for _, name in socket.if_nameindex())
+
+
+def _groups() -> Counter[str]:
+    """Workers' control groups, and no others' whose worker is alive."""
+    own = own_group()
+    groups = [] if own is None else own.glob("avmm-*/cgroup.procs")
+    return Counter(f"control group {file.parent}" for file in groups if not file.read_text())

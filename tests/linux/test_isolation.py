@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import avmm
+from avmm.machine.isolation import remote
+from avmm.machine.isolation.cgroup import limits_of, own_group
 from avmm.units import MIB
 from linux.guest import Guests
 from linux.host import answered, assert_clean, random_file, read_from_ext4, sha256
@@ -93,3 +98,128 @@ async def test_the_agent_and_sockets_of_a_guest_in_a_worker(guests: Guests, tmp_
         refused = await vm.run(["vsock", "cat", str(OURS)], input=b"hello\n")
         assert refused.returncode != 0
         assert (await vm.shutdown()).kind is avmm.ExitKind.STOPPED
+
+
+FILL = """
+    echo UP
+    head -c 200000000 /dev/zero >/fill
+"""
+SMALL = {"memory.max": 160 * MIB, "pids.max": 500}
+TINY = {"memory.max": 4 * MIB, "pids.max": 500}
+
+
+@pytest.fixture
+def group() -> Path:
+    """Ours, which hands on controllers."""
+    own = own_group()
+    controllers = "" if own is None else (own / "cgroup.subtree_control").read_text()
+    if own is None or not {"memory", "pids"} <= set(controllers.split()):
+        pytest.skip(f"control group {own}: memory and pids are not handed on")
+    return own
+
+
+@pytest.fixture
+def delegated(group: Path) -> Iterator[Path]:
+    """As systemd makes it for Delegate=memory pids and DelegateSubgroup=program, and we in it."""
+    unit = group / "unit"
+    unit.mkdir()
+    (unit / "program").mkdir()
+    os.setxattr(unit, "user.delegate", b"1")
+    (unit / "program/cgroup.procs").write_text("0")
+    try:
+        yield unit
+    finally:
+        (group / "cgroup.procs").write_text("0")
+        (unit / "program").rmdir()
+        unit.rmdir()
+
+
+def pid_of(vm: avmm.MicroVM) -> int:
+    machine = vm._machine
+    assert isinstance(machine, remote.RemoteMachine)
+    return machine.process.pid
+
+
+def group_of(vm: avmm.MicroVM) -> Path:
+    """Where its worker really is."""
+    inside = Path(f"/proc/{pid_of(vm)}/cgroup").read_text().strip().partition("::/")[2]
+    return Path("/sys/fs/cgroup", inside)
+
+
+def groups_in(parent: Path) -> list[Path]:
+    return list(parent.glob("avmm-*"))
+
+
+async def in_its_group(guests: Guests, parent: Path) -> None:
+    """A guest whose worker is in a group with its limits, and no longer."""
+    async with guests.running("echo UP; sleep 100000", isolation="process") as guest:
+        await guest.says("UP")
+        path = group_of(guest.vm)
+        assert path == parent / f"avmm-{pid_of(guest.vm)}"
+        limits = limits_of(guest.vm.config)
+        assert {file: int((path / file).read_text()) for file in limits} == limits
+        assert int((path / "memory.current").read_text()) > 16 * MIB  # the guest's is in it
+        await guest.vm.stop(grace_s=0)
+        assert not path.exists()
+
+
+async def test_a_worker_is_in_a_control_group_with_its_limits(guests: Guests, group: Path) -> None:
+    await in_its_group(guests, group)
+
+
+async def test_a_group_above_that_is_delegated_takes_workers(
+    guests: Guests, delegated: Path
+) -> None:
+    assert (delegated / "cgroup.subtree_control").read_text() == ""
+    await in_its_group(guests, delegated)
+
+
+async def test_a_worker_beyond_its_memory_is_one_microvms_error(
+    guests: Guests, group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with guests.running("echo UP; read x; echo ON", isolation="process") as other:
+        await other.says("UP")
+        monkeypatch.setattr(remote, "limits_of", lambda _: SMALL)
+        async with guests.running(FILL, isolation="process", memory="512M") as guest:
+            await guest.says("UP")
+            path = group_of(guest.vm)
+            reason = await guest.ended()
+            assert not path.exists()
+            assert reason.kind is avmm.ExitKind.ERROR
+            assert isinstance(reason.error, avmm.HostError)
+            assert reason.error.kind == "worker-died"
+            assert "killed by SIGKILL, since it reached its memory limit, 160 MiB" in reason.detail
+        assert group_of(other.vm).exists()
+        await other.vm.console.write(b"x\n")
+        assert (await other.ended()).kind is avmm.ExitKind.POWEROFF
+    assert "ON" in other.text
+
+
+async def test_a_worker_beyond_its_memory_at_its_start_is_a_failed_start(
+    guests: Guests, group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "limits_of", lambda _: TINY)
+    with pytest.raises(avmm.HostError, match="reached its memory limit, 4 MiB") as raised:
+        await avmm.MicroVM(guests.config(), isolation="process").start()
+    assert raised.value.kind == "worker-died"
+    assert groups_in(group) == []
+
+
+async def test_a_start_that_is_cancelled_leaves_no_control_group(
+    guests: Guests, group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = remote._send
+    seen: list[Path] = []
+
+    async def cancelled(*arguments: object) -> None:
+        seen.extend(groups_in(group))
+        starting.cancel()
+        await send(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(remote, "_send", cancelled)
+    starting = asyncio.create_task(avmm.MicroVM(guests.config(), isolation="process").start())
+    with contextlib.suppress(asyncio.CancelledError):
+        await starting
+    assert starting.cancelled()
+    assert len(seen) == 1
+    assert not seen[0].exists()

@@ -10,12 +10,14 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from avmm.descriptors import closing_fd
 from avmm.errors import HostError
-from avmm.loop import add_reader
+from avmm.loop import add_reader, on_thread
+from avmm.machine.isolation.cgroup import WorkerGroup
 
 LAUNCHER = Path(__file__).with_name("avmm-launch")
 CONTROL_FD = 3
@@ -72,8 +74,21 @@ class WorkerProcess:
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[ExitStatus] = self._loop.create_future()
         self.last_words = ""
+        self.killed_for: str | None = None
         self.given_up = False
+        self._group: WorkerGroup | None = None
         add_reader(self._loop, pidfd, self._on_end)
+
+    async def confine(self, limits: Mapping[str, int]) -> None:
+        """Put it into a control group with these limits, where there can be one.
+
+        To be awaited to the end: uninterrupted(). Raises HostError("thread").
+        """
+        # On a thread: the kernel takes some 20 ms to move a process into another group.
+        name = f"avmm-{self.pid}"
+        self._group = await on_thread(WorkerGroup.make, name, self.pid, limits)
+        if self.ended.done():
+            self._leave_group()
 
     def kill(self) -> None:
         """SIGKILL. Idempotent."""
@@ -88,6 +103,11 @@ class WorkerProcess:
             await asyncio.wait([self.ended], timeout=GONE_S)
         self.given_up = not self.ended.done()
         return not self.given_up
+
+    def fate(self) -> str:
+        """Of one that has ended, for people."""
+        status = self.ended.result().described()
+        return status if self.killed_for is None else f"{status}, {self.killed_for}"
 
     def hangs(self) -> HostError:
         """What to say of one that does not end."""
@@ -106,6 +126,8 @@ class WorkerProcess:
         try:
             if not await self.end():
                 raise self.hangs()
+            if self._group is not None:
+                await self._group.removed()
         finally:
             self.control.close()
 
@@ -115,7 +137,14 @@ class WorkerProcess:
         os.close(self._pidfd)
         self.last_words = _read_now(self._errors, _LAST_WORDS_BYTES).decode(errors="replace")
         os.close(self._errors)
+        self._leave_group()
         self.ended.set_result(status)
+
+    def _leave_group(self) -> None:
+        """It has ended, maybe after it was given up, when nobody else removes its group."""
+        if self._group is not None:
+            self.killed_for = self._group.killed_for()
+            self._group.remove()
 
 
 async def launch() -> WorkerProcess:

@@ -20,7 +20,7 @@ from avmm.hostnet.tap import HostTap
 from avmm.log import GuestLog, printable
 from avmm.machine.config import Config
 from avmm.machine.isolation import messages as say
-from avmm.machine.isolation.cgroup import WorkerGroup, limits_of
+from avmm.machine.isolation.cgroup import limits_of
 from avmm.machine.isolation.consoles import RemoteConsole
 from avmm.machine.isolation.files import (
     check_isolation,
@@ -69,10 +69,8 @@ async def build_isolated(config: Config, stack: AsyncExitStack, reports: Reports
 
 async def _launched(config: Config, stack: AsyncExitStack) -> WorkerProcess:
     process = await launch()
-    group = WorkerGroup.make(f"avmm-{process.pid}", process.pid, limits_of(config))
-    if group is not None:
-        stack.callback(group.remove)
     stack.push_async_callback(process.close)
+    await process.confine(limits_of(config))
     return process
 
 
@@ -291,12 +289,11 @@ class RemoteMachine:
             return self._broken
         if not has_ended:
             return self.process.hangs()
-        status = self.process.ended.result()
         words = printable(self.process.last_words.strip())
         return HostError(
             "worker-died",
             op=f"Worker {self.process.pid} of the microVM",
-            remedy=f"it {status.described()}" + (f"; its last words: {words}" if words else ""),
+            remedy=f"it {self.process.fate()}" + (f"; its last words: {words}" if words else ""),
         )
 
     def _dispatch(self, record: object) -> None:
