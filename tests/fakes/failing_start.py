@@ -1,7 +1,7 @@
 """A program that lives microVMs on a host that refuses, at each call that can be refused.
 
-python -m fakes.failing_start KERNEL FOLDER LOOP TRANSPORT MOST, on a failing_host: prints a line of
-JSON for each walk, with what went wrong in it. MOST: points of each walk, evenly spread; 0 for all.
+python -m fakes.failing_start KERNEL FOLDER LOOP TRANSPORT, on a failing_host: prints a line of JSON
+for each walk, with what went wrong in it.
 """
 
 from __future__ import annotations
@@ -36,13 +36,11 @@ NEVER = 2**62
 
 @dataclass(frozen=True)
 class Walk:
-    """A kind of calls and the error they get: once at a time, or from one on for good. whole: also
-    where a sample of the points is asked for."""
+    """A kind of calls and the error they get: once at a time, or from one on for good."""
 
     calls: Calls
     error: int
     lasting: bool = False
-    whole: bool = False
 
     @property
     def name(self) -> str:
@@ -57,7 +55,7 @@ WALKS = (
     Walk(Calls.MEMORY, errno.ENOMEM, lasting=True),
     Walk(Calls.THREAD, errno.EAGAIN),
     Walk(Calls.THREAD, errno.EAGAIN, lasting=True),
-    Walk(Calls.IOCTL, errno.ENOMEM, whole=True),
+    Walk(Calls.IOCTL, errno.ENOMEM),
     Walk(Calls.IOCTL, errno.ENOMEM, lasting=True),
     Walk(Calls.WATCH, errno.ENOSPC),
     Walk(Calls.WATCH, errno.ENOMEM, lasting=True),
@@ -143,30 +141,29 @@ async def meet(walk: Walk, at: int, config: avmm.Config, report: Report) -> bool
     return True
 
 
-async def take(walk: Walk, config: avmm.Config, most: int) -> Report:
+async def take(walk: Walk, config: avmm.Config) -> Report:
     """Life after life, each with a later failure, until one meets none."""
     report = Report(walk.name)
     await meet(walk, NEVER, config, report)
-    stride = max(1, report.calls // most) if most and not walk.whole else 1
-    at = 1 + stride // 2 if walk.lasting else 1
+    at = 1
     faulthandler.dump_traceback_later(HANGS_S, exit=True)
     while await meet(walk, at, config, report):
         faulthandler.dump_traceback_later(HANGS_S, exit=True)
-        at += stride
+        at += 1
     faulthandler.cancel_dump_traceback_later()
     return report
 
 
-async def main(kernel: str, folder: str, transport: str, most: int) -> None:
+async def main(kernel: str, folder: str, transport: str) -> None:
     config = machine(kernel, Path(folder), transport)
     await live(config)  # what is made once a process, and imported
     for walk in WALKS:
-        print(json.dumps(vars(await take(walk, config, most))))
+        print(json.dumps(vars(await take(walk, config))))
 
 
 if __name__ == "__main__":
     logging.disable()  # each failure is told, and told again
-    _, kernel, folder, loop, transport, most = sys.argv
+    _, kernel, folder, loop, transport = sys.argv
     factory = uvloop.new_event_loop if loop == "uvloop" else asyncio.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(main(kernel, folder, transport, int(most)))
+        runner.run(main(kernel, folder, transport))

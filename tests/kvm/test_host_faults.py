@@ -16,9 +16,6 @@ from fakes import failing_host
 
 Assemble = Callable[[str], Path]
 
-POINTS = 0 if os.environ.get("AVMM_VARIANTS") else 12
-"""Of each walk; all of them on demand."""
-
 LOOPS = pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 
 
@@ -34,7 +31,7 @@ def test_a_life_that_is_refused_the_nth_call_for_all_n(
 ) -> None:
     """Nothing hangs, crashes or is left, and nothing untyped is raised."""
     kernel = tiny_guest("putc 'x'\n1: jmp 1b")
-    arguments = (kernel, tmp_path, loop, transport, POINTS)
+    arguments = (kernel, tmp_path, loop, transport)
     walked = subprocess.run(
         [sys.executable, "-m", "fakes.failing_start", *map(str, arguments)],
         capture_output=True,
