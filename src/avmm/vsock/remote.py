@@ -63,6 +63,7 @@ class RemoteTable:
         self.worker = worker
         self.fates = fates
         self.broken = broken
+        self.rests = False
         self.buffer = memoryview(bytearray(_READ_BYTES))
         self._connections: dict[int, RemoteConnection] = {}
         self._on_request: Callable[[RemoteConnection], bool] = lambda connection: False
@@ -106,6 +107,14 @@ class RemoteTable:
         self.loop.remove_reader(self.epoll.fileno())
         self.epoll.close()
 
+    def hold(self) -> None:
+        self.rests = True
+        self._limit_all()
+
+    def resume(self) -> None:
+        self.rests = False
+        self._limit_all()
+
     # --- the worker
 
     def request(self, number: int, host_port: int, guest_port: int) -> bool:
@@ -130,6 +139,10 @@ class RemoteTable:
             connection.end(error if tells else reset_error(Reason.GUEST_RESET))
         if not self.fates.give_back(fate):
             raise HostError("worker-protocol", op="An answer for no connection")
+
+    def _limit_all(self) -> None:
+        for connection in self._connections.values():
+            connection.limit_closing()
 
     # --- for its connections
 

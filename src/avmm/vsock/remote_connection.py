@@ -101,7 +101,7 @@ class RemoteConnection:
         if self._shut == SHUTDOWN_BOTH:
             self.state = State.CLOSING
             self._watch()
-            self._limit_closing()
+            self.limit_closing()
         self._check_sent()
 
     def consumed(self, count: int) -> None:
@@ -228,8 +228,7 @@ class RemoteConnection:
             self._on_deaf(e)
         self._watch()
         if self.out_bytes < before:
-            if self.state is State.CLOSING:
-                self._limit_closing()
+            self.limit_closing()
             if self.events is not None:
                 self.events.on_sent()
             self._check_sent()
@@ -267,11 +266,14 @@ class RemoteConnection:
             with contextlib.suppress(OSError):  # what is wrong is met by reading
                 self._socket.shutdown(socket.SHUT_WR)
 
-    def _limit_closing(self) -> None:
+    def limit_closing(self) -> None:
+        """Give the guest its time anew to take what is left; none passes while it rests."""
         if self._timer is not None:
             self._timer.cancel()
-        late = reset_error(Reason.LATE)
-        self._timer = self._table.loop.call_later(CLOSE_LIMIT_S, self._fail, late)
+            self._timer = None
+        if self.state is State.CLOSING and not self._table.rests:
+            late = reset_error(Reason.LATE)
+            self._timer = self._table.loop.call_later(CLOSE_LIMIT_S, self._fail, late)
 
     # --- the end
 

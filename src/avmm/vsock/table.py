@@ -81,7 +81,8 @@ class Table:
         self._connections: dict[tuple[int, int], Connection] = {}
         self._ready: deque[Connection] = deque()
         self._replies: deque[Header] = deque()
-        self._closing: dict[Connection, asyncio.TimerHandle] = {}
+        self._closing: dict[Connection, asyncio.TimerHandle | None] = {}
+        self._rests = False
         self._ports = itertools.count()
         self._closed: Reason | None = None
 
@@ -205,7 +206,29 @@ class Table:
             self._remove(connection)
         self._ready.clear()
 
+    # --- the guest
+
+    def hold(self) -> None:
+        """It can close nothing, nor take anything, and is given no time for it."""
+        self._rests = True
+        self._limit_all()
+
+    def resume(self) -> None:
+        """It can again, and all its time begins anew."""
+        self._rests = False
+        self._limit_all()
+
     # --- inside
+
+    def _limit_all(self) -> None:
+        for connection, timer in self._closing.items():
+            if timer is not None:
+                timer.cancel()
+            self._closing[connection] = self._limit(connection)
+
+    def _limit(self, connection: Connection) -> asyncio.TimerHandle | None:
+        late = reset_error(Reason.LATE)
+        return None if self._rests else self._loop.call_later(CLOSE_LIMIT_S, connection.fail, late)
 
     def _may_be_asked(self, header: Header) -> bool:
         if self._closed is not None or len(self._connections) >= CONNECTIONS_MAX:
@@ -243,8 +266,7 @@ class Table:
         elif connection.state is State.DEAD:
             self._remove(connection)
         elif connection.state is State.CLOSING and connection not in self._closing:
-            error = reset_error(Reason.LATE)
-            self._closing[connection] = self._loop.call_later(CLOSE_LIMIT_S, connection.fail, error)
+            self._closing[connection] = self._limit(connection)
 
 
 def too_many(most: int = CONNECTIONS_MAX) -> HostError:

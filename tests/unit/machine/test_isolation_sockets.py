@@ -15,6 +15,7 @@ import pytest
 from avmm.errors import HostError
 from avmm.machine.isolation import messages as say
 from avmm.machine.isolation import sockets
+from avmm.units import MIB
 from avmm.vsock import remote, splice
 from avmm.vsock.packet import SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, Op
 from fakes.apart_vsock import Apart, apart_rig
@@ -308,6 +309,24 @@ async def test_a_factory_that_fails_leaves_no_connection(guest: VsockGuest) -> N
     loop.set_exception_handler(None)
     assert [type(context["exception"]) for context in reported] == [KeyError]
     assert len(apart(guest).sockets._table) == 0
+
+
+async def test_a_guest_at_rest_is_given_no_time_to_take_what_is_left(
+    guest: VsockGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avmm.vsock.remote_connection.CLOSE_LIMIT_S", 0.0)
+    guest.buf_alloc = 0
+    _, writer = await served(guest)
+    apart(guest).sockets.hold()
+    writer.write(bytes(4 * MIB))  # more than a socket takes
+    writer.close()
+    closed = asyncio.ensure_future(writer.wait_closed())
+    await settle()
+    assert not closed.done()
+    apart(guest).sockets.resume()
+    with pytest.raises(ConnectionResetError, match="takes nothing more"):
+        await closed
+    await guest.expect(Op.RST)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,27 @@ async def test_a_guest_that_takes_nothing_does_not_hold_up_a_close(
         await guest.expect(Op.RST)
 
 
+async def test_a_guest_at_rest_is_given_no_time_to_take_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("avmm.vsock.table.CLOSE_LIMIT_S", 0.0)
+    async with vsock_guest(virtio_rig) as guest:
+        guest.buf_alloc = 0
+        connecting = asyncio.ensure_future(guest.host.connect(PORT))
+        await guest.accept()
+        _, writer = await connecting
+        await guest.rig.device.quiesce()
+        writer.write(b"to be taken afterwards")
+        writer.close()
+        closed = asyncio.ensure_future(writer.wait_closed())
+        await settle()
+        assert not closed.done()
+        await guest.rig.device.resume()
+        with pytest.raises(ConnectionResetError, match="takes nothing more"):
+            await closed
+        await guest.expect(Op.RST)
+
+
 async def test_a_connect_that_is_cancelled_leaves_nothing() -> None:
     async with vsock_guest(virtio_rig) as guest:
         connecting = asyncio.ensure_future(guest.host.connect(PORT))

@@ -166,6 +166,8 @@ class RemoteMachine:
                 console.rush()
 
     async def pause(self, check: Callable[[], None]) -> None:
+        if self._sockets is not None:
+            self._sockets.hold()
         try:
             await self._ask(say.Pause())
         except AvmmError:
@@ -184,6 +186,8 @@ class RemoteMachine:
             error = HostError("worker-protocol", op=op)
             self._break(error)
             raise error from None
+        if self._sockets is not None:
+            self._sockets.resume()
 
     def press_power_button(self) -> None:
         self._line.say(say.PressPower())

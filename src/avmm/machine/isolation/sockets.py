@@ -165,6 +165,14 @@ class Sockets:
                 error = None if failure is None else say.error_of(failure)
                 self._table.decline(record.fate, error)
 
+    def hold(self) -> None:
+        """The guest is being paused."""
+        self._table.hold()
+
+    def resume(self) -> None:
+        """It goes on."""
+        self._table.resume()
+
     # --- for the table
 
     def ask(self, fate: int, port: int, theirs: socket.socket) -> None:

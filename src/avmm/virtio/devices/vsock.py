@@ -87,11 +87,13 @@ class VsockDevice(VirtioDevice):
         """Send what waited."""
         self._working = True
         self._starved = False
+        self.table.resume()
         self._on_work()
 
     def on_hold(self) -> None:
         """Take and give nothing."""
         self._working = False
+        self.table.hold()
         if self._due is not None:
             self._due.cancel()
             self._due = None
