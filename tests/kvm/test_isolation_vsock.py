@@ -14,6 +14,7 @@ import pytest
 
 import avmm
 from avmm.machine.isolation import messages as say
+from avmm.units import MIB
 from avmm.virtio.devices.vsock import TX, Vsock
 from avmm.vsock.credit import BUFFER_BYTES
 from avmm.vsock.packet import CID_HOST, SHUTDOWN_BOTH, Op
@@ -218,6 +219,30 @@ NONSENSE = {
     "of a port beyond all": say.Requested(0, 1 << 32, 0),
     "of a number below all": say.Requested(-1, 0, 0),
 }
+
+
+async def test_no_time_passes_for_streams_while_the_guest_is_paused(
+    tiny_guest: Assemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avmm.vsock.remote_connection.CLOSE_LIMIT_S", 0.0)
+    guest = SocketGuest("pci")
+    guest.start(queues=2)
+    guest.listen()
+    guest.hear(CID_HOST, HOST_PORT, Op.REQUEST, buf_alloc=BUFFER_BYTES)
+    guest.say(CID_HOST, HOST_PORT, Op.RESPONSE)
+    async with isolated(tiny_guest(guest.text + "1: jmp 1b\n" + LAST)) as vm, asyncio.timeout(60):
+        _, writer = await vm.vsock.connect(PORT)
+        await vm.pause()
+        writer.write(bytes(4 * MIB))  # more than lies in a socket
+        writer.close()
+        closed = asyncio.ensure_future(writer.wait_closed())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not closed.done()
+        await vm.resume()
+        with pytest.raises(ConnectionResetError, match="takes nothing more"):
+            await closed
+        await vm.kill()
 
 
 @pytest.mark.parametrize("what", NONSENSE)
