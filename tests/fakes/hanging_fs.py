@@ -135,12 +135,21 @@ def hanging_fs(folder: Path, size: int) -> Iterator[HangingFs]:
             program.kill()
 
 
-def enter() -> list[str]:
-    """The beginning of a command that may mount; skips where none may."""
+def said_by(module: str, *arguments: object) -> str:
+    """What a program of tests/fakes says that mounts; skips where it may not, or without io_uring."""
     command = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*command, "sh", "-c", "exec 3<>/dev/fuse"], capture_output=True).returncode:
         pytest.skip("no namespaces or no /dev/fuse here")
-    return command
+    ended = subprocess.run(
+        [*command, sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    if "disk-engine" in ended.stderr:
+        pytest.skip("no io_uring here")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
 
 
 def mount(fd: int, folder: str) -> None:

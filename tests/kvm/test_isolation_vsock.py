@@ -37,13 +37,19 @@ def isolated(kernel: Path, **more: object) -> avmm.MicroVM:
     return avmm.MicroVM(avmm.Config(**values), isolation="process")  # type: ignore[arg-type]
 
 
-def talker(last: Op | None = Op.RST) -> str:
-    """A guest that is connected to, connects, closes properly, and ends the other by `last`."""
+def connected_to() -> SocketGuest:
+    """A guest with the host's first connection."""
     guest = SocketGuest("pci")
     guest.start(queues=2)
     guest.listen()
     guest.hear(CID_HOST, HOST_PORT, Op.REQUEST, buf_alloc=BUFFER_BYTES)
     guest.say(CID_HOST, HOST_PORT, Op.RESPONSE)
+    return guest
+
+
+def talker(last: Op | None = Op.RST) -> str:
+    """A guest that is connected to, connects, closes properly, and ends the other by `last`."""
+    guest = connected_to()
     guest.hear(CID_HOST, HOST_PORT, Op.RW, b"go!!", buf_alloc=BUFFER_BYTES)
     guest.say(CID_HOST, SERVED, Op.REQUEST)
     guest.hear(CID_HOST, SERVED, Op.RESPONSE, buf_alloc=BUFFER_BYTES)
@@ -119,11 +125,7 @@ async def test_a_streams_error_says_why_wherever_its_device_is(
     tiny_guest: Assemble, isolation: Literal["process"] | None, end: str
 ) -> None:
     act, why = ENDS[end]
-    guest = SocketGuest("pci")
-    guest.start(queues=2)
-    guest.listen()
-    guest.hear(CID_HOST, HOST_PORT, Op.REQUEST, buf_alloc=BUFFER_BYTES)
-    guest.say(CID_HOST, HOST_PORT, Op.RESPONSE)
+    guest = connected_to()
     guest.hear(CID_HOST, HOST_PORT, Op.RW, b"go!!", buf_alloc=BUFFER_BYTES)
     act(guest)
     kernel = tiny_guest(guest.text + "putc 'r'\n1: jmp 1b\n" + LAST)
@@ -225,11 +227,7 @@ async def test_no_time_passes_for_streams_while_the_guest_is_paused(
     tiny_guest: Assemble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("avmm.vsock.remote_connection.CLOSE_LIMIT_S", 0.0)
-    guest = SocketGuest("pci")
-    guest.start(queues=2)
-    guest.listen()
-    guest.hear(CID_HOST, HOST_PORT, Op.REQUEST, buf_alloc=BUFFER_BYTES)
-    guest.say(CID_HOST, HOST_PORT, Op.RESPONSE)
+    guest = connected_to()
     async with isolated(tiny_guest(guest.text + "1: jmp 1b\n" + LAST)) as vm, asyncio.timeout(60):
         _, writer = await vm.vsock.connect(PORT)
         await vm.pause()

@@ -14,7 +14,7 @@ from avmm.vsock.table import Table
 from avmm.vsock.transport import StreamTransport
 from fakes.mmio_driver import settle
 from fakes.virtio_rig import virtio_rig
-from fakes.vsock_guest import vsock_guest
+from fakes.vsock_guest import VsockGuest, vsock_guest
 
 
 def host_of_its_own() -> VsockHost:
@@ -39,6 +39,14 @@ class Taker:
     def put_header(self, header: Header) -> bool:
         self.headers.append(header)
         return True
+
+
+async def connected(guest: VsockGuest) -> asyncio.StreamWriter:
+    """A stream to the guest."""
+    connecting = asyncio.ensure_future(guest.host.connect(PORT))
+    await guest.accept()
+    _, writer = await connecting
+    return writer
 
 
 async def wait(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -109,9 +117,7 @@ async def test_thousands_of_connections_at_once() -> None:
 async def test_a_guest_that_does_not_close_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("avmm.vsock.table.CLOSE_LIMIT_S", 0.01)
     async with vsock_guest(virtio_rig) as guest:
-        connecting = asyncio.ensure_future(guest.host.connect(PORT))
-        await guest.accept()
-        _, writer = await connecting
+        writer = await connected(guest)
         writer.close()
         await writer.wait_closed()
         await guest.expect(Op.SHUTDOWN)
@@ -126,9 +132,7 @@ async def test_a_guest_that_takes_nothing_does_not_hold_up_a_close(
     monkeypatch.setattr("avmm.vsock.table.CLOSE_LIMIT_S", 0.01)
     async with vsock_guest(virtio_rig) as guest:
         guest.buf_alloc = 0
-        connecting = asyncio.ensure_future(guest.host.connect(PORT))
-        await guest.accept()
-        _, writer = await connecting
+        writer = await connected(guest)
         writer.write(b"never taken")
         writer.close()
         with pytest.raises(ConnectionResetError, match="takes nothing more"):
@@ -142,9 +146,7 @@ async def test_a_guest_at_rest_is_given_no_time_to_take_what_is_left(
     monkeypatch.setattr("avmm.vsock.table.CLOSE_LIMIT_S", 0.0)
     async with vsock_guest(virtio_rig) as guest:
         guest.buf_alloc = 0
-        connecting = asyncio.ensure_future(guest.host.connect(PORT))
-        await guest.accept()
-        _, writer = await connecting
+        writer = await connected(guest)
         await guest.rig.device.quiesce()
         writer.write(b"to be taken afterwards")
         writer.close()
