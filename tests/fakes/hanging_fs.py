@@ -136,7 +136,7 @@ def hanging_fs(folder: Path, size: int) -> Iterator[HangingFs]:
 
 
 def said_by(module: str, *arguments: object) -> str:
-    """What a program of tests/fakes says that mounts; skips where it may not, or without io_uring."""
+    """What a program of tests/fakes says that mounts; skips where none may, or has no io_uring."""
     command = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*command, "sh", "-c", "exec 3<>/dev/fuse"], capture_output=True).returncode:
         pytest.skip("no namespaces or no /dev/fuse here")
