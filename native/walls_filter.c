@@ -137,9 +137,9 @@ struct tested {
 
 #define VALUES(name, ...) static const uint32_t name[] = {__VA_ARGS__}
 
-VALUES(vcpu_ioctls, KVM_RUN);
-VALUES(loop_ioctls, (uint32_t)KVM_IRQFD, (uint32_t)KVM_IOEVENTFD, (uint32_t)KVM_SET_GSI_ROUTING,
-       FIONBIO, (uint32_t)TUNSETOFFLOAD, (uint32_t)TUNSETQUEUE, (uint32_t)TUNSETCARRIER);
+VALUES(vcpu_ioctls, KVM_RUN, (uint32_t)KVM_IOEVENTFD);
+VALUES(loop_ioctls, (uint32_t)KVM_IRQFD, (uint32_t)KVM_SET_GSI_ROUTING, FIONBIO,
+       (uint32_t)TUNSETOFFLOAD, (uint32_t)TUNSETQUEUE, (uint32_t)TUNSETCARRIER);
 VALUES(build_ioctls, KVM_GET_API_VERSION, KVM_CHECK_EXTENSION, KVM_CREATE_VM,
        KVM_GET_VCPU_MMAP_SIZE, (uint32_t)KVM_GET_SUPPORTED_CPUID, (uint32_t)KVM_SET_CPUID2,
        (uint32_t)KVM_GET_REGS, (uint32_t)KVM_SET_REGS, (uint32_t)KVM_GET_SREGS,

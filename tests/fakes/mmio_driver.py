@@ -21,8 +21,11 @@ async def perform(deferred: Deferred | None) -> None:
     if deferred is None:
         return
     result = deferred.action()
-    if isinstance(deferred, Call) and inspect.isawaitable(result):
-        await result
+    if isinstance(deferred, Call):
+        if inspect.isawaitable(result):
+            await result
+        if deferred.after is not None:
+            deferred.after()
 
 
 class MmioDriver(VirtioDriver):

@@ -9,9 +9,11 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Run `action` on the loop; the vCPU's instruction completes when it is done."""
+    """Run `action` on the loop; the vCPU's instruction completes when it is done, and `after` too,
+    which runs on the vCPU's own thread next, and may block there."""
 
     action: Callable[[], Awaitable[None] | None]
+    after: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from avmm.kvm.vcpu import Vcpu
 class Vm:
     """One KVM VM. Any thread; usable only in the process that made it.
 
-    blocked_ns: how long its loop's changes of interrupts and notifications took, all together: KVM
-    waits for those who look at its tables.
+    blocked_ns: how long its loop's changes of interrupts took, all together: KVM waits for those
+    who look at its tables.
     """
 
     def __init__(self, fd: int) -> None:
@@ -63,7 +63,7 @@ class Vm:
         """A guest write at `gpa`, `size_bytes` wide, signals `event_fd` without an exit.
 
         value: what has to be written, None for anything. size_bytes: 0 for any width, where KVM
-        has ioeventfd_any_length.
+        has ioeventfd_any_length. It takes up to milliseconds while vCPUs run.
         """
         self._ioeventfd(event_fd, gpa, size_bytes, value, 0)
 
@@ -77,7 +77,7 @@ class Vm:
         if value is not None:
             flags |= abi.IOEVENTFD_DATAMATCH
         argument = abi.IOEVENTFD.pack(value or 0, gpa, size_bytes, event_fd, flags)
-        self._change("KVM_IOEVENTFD", abi.IOEVENTFD_ASSIGN, argument)
+        ioctl(self.fd, "KVM_IOEVENTFD", abi.IOEVENTFD_ASSIGN, argument)
 
     def _change(self, op: str, request: int, argument: bytes | bytearray) -> None:
         began = time.monotonic_ns()

@@ -77,6 +77,8 @@ class Function:
 
     decodes: whether an address range is forwarded to the function by what is above it.
     on_map: called on the loop when a BAR came, went or moved.
+    after_write: called on the vCPU's thread when a write's consequences on the loop are there; may
+    block, and find that another vCPU's write came in between.
     on_control: called on the loop after a write that changed watched bits of a capability.
     """
 
@@ -86,6 +88,7 @@ class Function:
         self.decodes: Callable[[int, int], bool] = lambda gpa, size_bytes: True
         self.on_map: Callable[[], None] = lambda: None
         self.on_control: list[Callable[[], None]] = []
+        self.after_write: Callable[[], None] = lambda: None
         self._windows: list[_Window] = []
         self._interrupting: Callable[[], bool] | None = None
         self._capabilities: list[int] = []
@@ -160,7 +163,7 @@ class Function:
         """A write with consequences: the vCPU waits until they are there."""
         if window := self._window(offset, size):
             return window.region.write(offset - window.offset, size, value)
-        return Call(lambda: self._written(offset, size, value))
+        return Call(lambda: self._written(offset, size, value), self.after_write)
 
     def close(self) -> None:
         """Free it; no vCPU may run any more. Idempotent."""

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from avmm.bus.region import Call
 from avmm.pci import function as header
 from avmm.pci import msix
 from avmm.virtio import features
@@ -254,6 +255,24 @@ async def test_each_queue_has_its_notification_where_the_bar_is(rig: PciRig[RngD
     assert rig.notifications.at == {}
     await driver.config_write(header.COMMAND, 2, header.COMMAND_MEMORY)
     assert rig.notifications.at == {LOW.gpa + pci.NOTIFY: kick_fd}
+
+
+async def test_notifications_follow_on_the_vcpus_thread_whichever_comes_first(
+    rig: PciRig[RngDevice],
+) -> None:
+    function, kick_fd = rig.transport.function, rig.device.queues[0].kick_fd
+    before = dict(rig.notifications.at)
+    writes = [function.write(header.COMMAND, 2, value) for value in (0, header.COMMAND_MEMORY)]
+    calls = [write for write in writes if isinstance(write, Call)]
+    for call in calls:  # of two vCPUs, one after the other
+        call.action()
+        assert rig.notifications.at == before
+    function.registers.put(header.BAR0, 8, HIGH.gpa)
+    calls[1].action()
+    for call in reversed(calls):
+        assert call.after is not None
+        call.after()
+        assert rig.notifications.at == {HIGH.gpa + pci.NOTIFY: kick_fd}
 
 
 async def test_a_place_that_kvm_refuses_costs_only_exits(rig: PciRig[RngDevice]) -> None:

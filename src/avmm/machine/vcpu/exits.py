@@ -91,6 +91,8 @@ class Exits:
         if isinstance(deferred, Call) or self._bridge.behind:
             with self._gate.resting():
                 self._bridge.call_and_wait(deferred.action)
+            if isinstance(deferred, Call) and deferred.after is not None:
+                deferred.after()
         else:
             self._bridge.post(deferred.action)
 

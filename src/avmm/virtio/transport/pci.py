@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import threading
 from typing import Protocol
 
 from avmm.bus.region import Deferred, Post, Region
@@ -67,9 +68,12 @@ class PciTransport:
         self._notifications = notifications
         self._notify_bytes = notify_bytes
         self._registered: list[tuple[int, int]] = []
+        self._registered_bar: int | None = None
+        self._registering = threading.Lock()
         self.function = Function(_identity(device))
         self._bar = self.function.add_bar(BAR_BYTES, self)
         self._bar.on_move.append(self._move)
+        self.function.after_write = self._register
         with contextlib.ExitStack() as made:
             made.callback(self.function.close)
             self.msix = Msix(
@@ -168,22 +172,31 @@ class PciTransport:
         return Post(lambda: self.common.notify(index))
 
     def _move(self) -> None:
-        """Let registers and KVM's ioeventfds follow the BAR."""
+        """Let the registers follow the BAR."""
         self.common.registers.move(None if self._bar.gpa is None else self._bar.gpa + COMMON)
-        for fd, gpa in self._registered:
-            self._notifications.remove_ioeventfd(fd, gpa, self._notify_bytes, None)
-        self._registered.clear()
-        if self._bar.gpa is None:
-            return
-        for queue in self.device.queues:
-            gpa = self._bar.gpa + NOTIFY + NOTIFY_OFF_MULTIPLIER * queue.index
-            try:
-                self._notifications.ioeventfd(queue.kick_fd, gpa, self._notify_bytes, None)
-            except HostError:
-                # A guest that puts one BAR over another; its notifications come as exits.
-                self.common.ignore()
-                continue
-            self._registered.append((queue.kick_fd, gpa))
+
+    def _register(self) -> None:
+        """Let KVM's ioeventfds follow the BAR. On vCPU threads: the kernel takes up to milliseconds
+        for each, which the loop has not."""
+        with self._registering:
+            bar = self._bar.gpa
+            if bar == self._registered_bar:
+                return
+            self._registered_bar = bar
+            for fd, gpa in self._registered:
+                self._notifications.remove_ioeventfd(fd, gpa, self._notify_bytes, None)
+            self._registered.clear()
+            if bar is None:
+                return
+            for queue in self.device.queues:
+                gpa = bar + NOTIFY + NOTIFY_OFF_MULTIPLIER * queue.index
+                try:
+                    self._notifications.ioeventfd(queue.kick_fd, gpa, self._notify_bytes, None)
+                except HostError:
+                    # A guest that puts one BAR over another; its notifications come as exits.
+                    self.common.ignore()
+                    continue
+                self._registered.append((queue.kick_fd, gpa))
 
 
 class _ConfigAccess:
